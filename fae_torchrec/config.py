@@ -1,0 +1,264 @@
+"""A run's description: one YAML or JSON file read into frozen dataclasses, every mistake named by its dotted key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from fae_torchrec.core.errors import ConfigError
+from fae_torchrec.core.tables import Optimizer
+from fae_torchrec.schema import merge, read_mapping, read_override, read_section, within
+
+_NUMBER = r"([0-9]*\.?[0-9]+)"
+_UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
+_PATHS = ("data.parquet.train", "data.parquet.test", "data.parquet.cardinalities", "profile.path", "placement.path")
+"""Keys whose relative paths are relative to the config file (`output` is relative to the current folder)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: TorchRec's DLRM; layer sizes are widths, the last of `dense_arch` is `embedding_dim`, `over_arch` ends in 1."""
+
+    arch: Literal["dlrm"] = "dlrm"
+    embedding_dim: int = within(16, 4)
+    dense_arch: tuple[int, ...] = within((512, 256, 64, 16), 1)
+    over_arch: tuple[int, ...] = within((512, 256, 1), 1)
+
+    def __post_init__(self) -> None:
+        if self.embedding_dim % 4:
+            raise ConfigError(
+                f"model.embedding_dim: received {self.embedding_dim}; FBGEMM's fused kernels need a multiple of 4, such as "
+                f"{self.embedding_dim + -self.embedding_dim % 4}"
+            )
+        if not self.dense_arch or self.dense_arch[-1] != self.embedding_dim:
+            raise ConfigError(
+                f"model.dense_arch: received {list(self.dense_arch)}; its last width must be model.embedding_dim ({self.embedding_dim}), "
+                "because DLRM multiplies the dense vector with the embeddings"
+            )
+        if not self.over_arch or self.over_arch[-1] != 1:
+            raise ConfigError(f"model.over_arch: received {list(self.over_arch)}; its last width must be 1, the logit")
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Generated samples shaped like Criteo Kaggle or Criteo Terabyte; `scale` multiplies the published row counts."""
+
+    dataset: Literal["kaggle", "terabyte"] = "kaggle"
+    scale: float = within(0.01, 0, 1, above=True)
+    train_samples: int = within(262_144, 1)
+    test_samples: int = within(32_768, 1)
+    seed: int = within(0, 0)
+
+
+@dataclass(frozen=True)
+class ParquetConfig:
+    """Samples in two Parquet files; `cardinalities` (rows by sparse column) is a mapping or the path of a JSON file holding one."""
+
+    train: str
+    test: str
+    sparse: tuple[str, ...]
+    label: str
+    cardinalities: Mapping[str, int] = field(metadata={"read": lambda value: _cardinalities(value)})
+    dense: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sparse:
+            raise ConfigError("data.parquet.sparse: received no columns; name at least one column of ids")
+        missing = [name for name in self.sparse if name not in self.cardinalities]
+        if missing:
+            raise ConfigError(
+                f"data.parquet.cardinalities: no row count for the sparse columns {missing}; it has {sorted(self.cardinalities)}; "
+                "add the number of rows of each table"
+            )
+        low = {name: rows for name, rows in self.cardinalities.items() if rows < 1}
+        if low:
+            raise ConfigError(f"data.parquet.cardinalities: received {low}; a table has at least 1 row")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from: exactly one source."""
+
+    synthetic: SyntheticConfig | None = None
+    parquet: ParquetConfig | None = None
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"data: received {' and '.join(given) if given else 'no source'}; give exactly one of {[f.name for f in fields(self)]}"
+            )
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """How popularity is measured: a Bernoulli sample of the train inputs, or a saved profile (`path`)."""
+
+    sample_rate: float = within(0.05, 0, 1, above=True)
+    seed: int = within(7, 0)
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Which rows are hot: a budget of fast memory per rank (weights and optimizer state), or a saved placement (`path`)."""
+
+    budget: int | str = "10%"
+    pinned_max_rows: int = within(1024, 0)
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        self.budget_bytes(1)  # an unreadable budget fails here, before any work
+
+    def budget_bytes(self, total_bytes: int) -> int:
+        """Bytes of fast memory per rank.
+
+        Args:
+            total_bytes: bytes of all rows of all tables, weights and optimizer state; what a percentage is of.
+
+        Returns:
+            The budget in bytes, rounded down.
+        """
+        text = str(self.budget).strip()
+        if text.endswith("%"):
+            share = float(text[:-1]) if re.fullmatch(_NUMBER, text[:-1].strip()) else math.nan
+            if not 0 < share <= 100:
+                raise ConfigError(f"placement.budget: received {text!r}; a share must be more than 0% and at most 100%")
+            return int(total_bytes * share / 100)
+        return parse_bytes(self.budget, "placement.budget")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """In which order hot and cold batches come (FAE's Shuffle Scheduler); `window_batches` null segregates an epoch at a time."""
+
+    policy: Literal["fae", "fixed", "proportional", "stock"] = "fae"
+    rate: float = within(50.0, 1, 100)
+    window_batches: int | None = within(None, 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop; `batch_size` is per rank, `steps` (null: whole epochs) ends a run early."""
+
+    batch_size: int = within(1024, 1)
+    epochs: int = within(1, 1)
+    learning_rate: float = within(0.05, 0, above=True)
+    dense_learning_rate: float = within(0.01, 0, above=True)
+    optimizer: Optimizer = Optimizer.ROWWISE_ADAGRAD
+    seed: int = within(0, 0)
+    device: Literal["cpu", "cuda"] = "cpu"
+    eval_batch_size: int = within(4096, 1)
+    swap_eval_batches: int = within(4, 0)
+    steps: int | None = within(None, 1)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `fae compare` runs: every placement at every number of ranks; `count_batches` are counted for bytes and rows."""
+
+    placements: tuple[Literal["stock", "fae", "fae-unsegregated"], ...] = ("stock", "fae", "fae-unsegregated")
+    ranks: tuple[int, ...] = within((1, 2), 1)
+    count_batches: int = within(16, 1)
+
+    def __post_init__(self) -> None:
+        for name in ("placements", "ranks"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(f"compare.{name}: received {list(values)}; give at least one value and none twice")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, as its config file describes it."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    output: str = "runs/fae"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain values that JSON can write; `from_dict` reads them back to an equal RunConfig."""
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Reads plain values, with relative paths taken as they are.
+
+        Raises:
+            ConfigError: an unknown or missing key, a wrong type, a value outside its range; the message has the dotted key.
+        """
+        return read_section(cls, values)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a run's description.
+
+    Args:
+        path: a YAML file, or JSON if it ends in .json. Relative paths in it are relative to its folder, except `output`.
+        overrides: "dotted.key=value" with a YAML value, such as "train.epochs=2"; relative paths here are relative to the current folder.
+
+    Returns:
+        The run.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or what it says is wrong; the message starts with the file's name.
+    """
+    path = Path(path)
+    try:
+        values = _resolve(read_mapping(path), path.parent)
+        for override in overrides:
+            values = merge(values, _resolve(read_override(override), Path.cwd()))
+        return RunConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_bytes(value: int | str, key: str = "bytes") -> int:
+    """Reads a number of bytes: 1048576, "1048576", "64MiB", "1.5 GiB".
+
+    Args:
+        value: the number or text.
+        key: what an error calls the value.
+
+    Raises:
+        ConfigError: another form, another unit, or less than one byte.
+    """
+    match = re.fullmatch(_NUMBER + r"\s*([A-Za-z]*)", str(value).strip())
+    if isinstance(value, bool) or match is None or match[2] not in _UNITS:
+        raise ConfigError(f"{key}: received {value!r}; give a number of bytes with one of {[u for u in _UNITS if u]}, such as 64MiB")
+    count = int(float(match[1]) * _UNITS[match[2]])
+    if count < 1:
+        raise ConfigError(f"{key}: received {value!r}, less than one byte; give at least 1")
+    return count
+
+
+def _resolve(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes the relative paths of a nested mapping relative to `folder`; addresses such as s3://bucket stay as they are."""
+    for key in _PATHS:
+        *sections, name = key.split(".")
+        section: Any = values
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(name), str) and "://" not in section[name]:
+            section[name] = str(folder / Path(section[name]).expanduser())
+    return values
+
+
+def _cardinalities(value: Any) -> Any:
+    """The mapping itself, or the one in the JSON file it names."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"data.parquet.cardinalities: {value} is not a readable JSON file ({error}); give rows by column name") from None

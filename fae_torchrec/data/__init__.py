@@ -1,0 +1,1 @@
+"""Floor 1: batches, readers, the calibrator and the hot/cold loader; no process group."""

@@ -1,0 +1,162 @@
+"""The shape of the Criteo data sets: published table sizes, and the popularity laws fitted to FAE's published hot inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fae_torchrec.core.errors import ConfigError
+
+NUM_DENSE = 13
+NUM_SPARSE = 26
+
+KEEP_ROWS = 2_048
+"""Tables of at most this many published rows keep their size at every scale, and no larger table shrinks below it: real small tables
+(weekday, country, ad format) do not shrink with the traffic."""
+
+# Distinct values of C1..C26 in the Criteo Display Advertising Challenge (Kaggle) data as facebookresearch/dlrm counts them in
+# bench/dlrm_s_criteo_kaggle.sh's preprocessing (with the value for "missing"); 33,762,577 in all, as TorchRec's own DLRM example has it.
+_KAGGLE_ROWS = (
+    *(1_460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194),
+    *(27, 14_992, 5_461_306, 10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572),
+)
+
+# Distinct values in days 0-23 of the Criteo Terabyte click logs without any cap, 882,774,559 in all: the counts behind MLPerf DLRM
+# (its 40M cap undone) as published with NVIDIA's DeepLearningExamples DLRM ("criteo_t0") and OneFlow's and HugeCTR's DLRM examples.
+_TERABYTE_UNCAPPED_ROWS = (
+    *(227_605_432, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 130_229_467, 3_067_956, 405_282, 10),
+    *(2_209, 11_938, 155, 4, 976, 14, 292_775_614, 40_790_948, 187_188_510, 590_152, 12_973, 108, 36),
+)
+
+# FAE trains on 266 M rows in all and does not print its per-table counts; none of the published sets adds up to that (178 M with
+# NVTabular's frequency threshold of 3, 204 M with MLPerf's 40M cap, 883 M uncapped). So the cap of dlrm's --max-ind-range is placed where
+# the sum is 266,000,000; it touches the four largest tables only.
+_TERABYTE_MAX_ROWS = 55_256_116
+
+
+@dataclass(frozen=True)
+class PopularityLaw:
+    """A bounded Zipf-Mandelbrot law per table: the row of rank r (0 = most popular) has probability ~ (r + shift) ** -exponent.
+
+    Attributes:
+        rows: rows per table, int64 [26].
+        exponent: float64 [26], each above 1.
+        shift: ranks, float64 [26].
+    """
+
+    rows: npt.NDArray[np.int64]
+    exponent: npt.NDArray[np.float64]
+    shift: npt.NDArray[np.float64]
+
+    def ranks(self, survival: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """Inverse CDF in closed form: no table of rows is ever built.
+
+        Args:
+            survival: one minus the quantile, in [0, 1]; float64 [26, B]. Overwritten.
+
+        Returns:
+            Popularity ranks, int64 [26, B], each in 0..rows-1. Uniform `survival` gives exactly the law (its density integrated over
+            [r, r + 1), so that probabilities are differences of the closed-form CDF).
+        """
+        power = (1.0 - self.exponent)[:, None]
+        end = (self.rows + self.shift)[:, None] ** power
+        survival *= self.shift[:, None] ** power - end
+        survival += end
+        np.log(survival, out=survival)
+        survival /= power
+        np.exp(survival, out=survival)
+        survival -= self.shift[:, None]
+        ranks = survival.astype(np.int64)
+        return np.clip(ranks, 0, self.rows[:, None] - 1, out=ranks)
+
+    def tail_mass(self, table: int, rank: float) -> float:
+        """Probability that an access of `table` goes to `rank` or a less popular row (the survival function)."""
+        power = 1.0 - self.exponent[table]
+        end = (self.rows[table] + self.shift[table]) ** power
+        return float(((rank + self.shift[table]) ** power - end) / (self.shift[table] ** power - end))
+
+
+@dataclass(frozen=True)
+class CriteoShape:
+    """What the generator knows about one Criteo data set.
+
+    Attributes:
+        published_rows: rows per table at scale 1, in the order of the data set's columns.
+        embedding_dim: weights per row in FAE's experiments (its byte shares assume it).
+        published_points: FAE Fig. 5: (hot bytes as a share of all table bytes, share of inputs that are all hot).
+        coupling: how strongly the tables' tails move together (theta of a survival Clayton copula; 0 = independent).
+        exponent_small: Zipf exponent of a table of 2,000 rows.
+        exponent_large: Zipf exponent of a table of 2,000,000 rows; log-linear in between and a little beyond.
+        shift: Zipf-Mandelbrot shift of a table of 100,000 rows, in ranks.
+        shift_growth: the shift grows with rows ** shift_growth, which keeps the fit near its points from scale 1/10 to 1.
+        click_rate: share of positive labels.
+    """
+
+    published_rows: tuple[int, ...]
+    embedding_dim: int
+    published_points: tuple[tuple[float, float], ...]
+    coupling: float
+    exponent_small: float
+    exponent_large: float
+    shift: float
+    shift_growth: float
+    click_rate: float
+
+    def rows(self, scale: float) -> npt.NDArray[np.int64]:
+        """Rows per table at `scale`, int64 [26]: published rows times scale, but see `KEEP_ROWS`; never above published."""
+        published = np.asarray(self.published_rows, dtype=np.int64)
+        scaled = np.maximum(np.rint(published * scale).astype(np.int64), KEEP_ROWS)
+        rows: npt.NDArray[np.int64] = np.minimum(published, scaled)
+        return rows
+
+    def popularity(self, scale: float) -> PopularityLaw:
+        """The law of every table at `scale`: a table's exponent follows from its rows, spread over +-15 % of (exponent - 1)."""
+        rows = self.rows(scale)
+        size = np.clip((np.log10(rows) - 3.3) / 3.0, 0.0, 1.35)
+        smooth = self.exponent_small + (self.exponent_large - self.exponent_small) * size
+        # Fractions of the golden ratio: a fixed, even spread over tables without another 26 numbers to fit.
+        spread = np.arange(1, NUM_SPARSE + 1) * 0.6180339887 % 1.0 - 0.5
+        exponent = 1.0 + np.maximum(smooth - 1.0, _LEAST_EXCESS) * (1.0 + 0.3 * spread)
+        return PopularityLaw(rows, exponent, self.shift * (rows / 1e5) ** self.shift_growth)
+
+
+_LEAST_EXCESS = 0.02  # The closed form divides by 1 - exponent.
+
+SHAPES: Mapping[str, CriteoShape] = {
+    "kaggle": CriteoShape(
+        published_rows=_KAGGLE_ROWS,
+        embedding_dim=16,
+        published_points=((0.0020, 0.504), (0.0095, 0.651), (0.068, 0.758)),
+        coupling=10.0,
+        exponent_small=1.335,
+        exponent_large=1.025,
+        shift=0.82,
+        shift_growth=0.25,
+        click_rate=0.25,
+    ),
+    "terabyte": CriteoShape(
+        published_rows=tuple(min(rows, _TERABYTE_MAX_ROWS) for rows in _TERABYTE_UNCAPPED_ROWS),
+        embedding_dim=64,
+        published_points=((0.0003, 0.526), (0.0013, 0.731), (0.0066, 0.817)),
+        coupling=5.8,
+        exponent_small=1.776,
+        exponent_large=1.366,
+        shift=7.6,
+        shift_growth=0.43,
+        click_rate=0.25,
+    ),
+}
+
+
+def criteo_shape(dataset: str) -> CriteoShape:
+    """The shape of a data set by name.
+
+    Raises:
+        ConfigError: `dataset` is not one of the known names.
+    """
+    if dataset not in SHAPES:
+        raise ConfigError(f"synthetic dataset {dataset!r} is not one of {sorted(SHAPES)}; name one of those")
+    return SHAPES[dataset]

@@ -1,0 +1,1 @@
+"""Floor 2: the sharding planner, the sharders and the sharded hot/cold modules."""

@@ -1,0 +1,122 @@
+"""Homes of hot rows: the places in the stock-sharded cold tier that hot rows are read from and written back to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding, BatchedFusedEmbeddingBag
+
+from fae_torchrec.distributed.process_group import sum_of_disjoint
+
+
+@dataclass(frozen=True)
+class LocalTable:
+    """This rank's shard of one table in a fused kernel; the tensors are views, so writing to them changes the kernel.
+
+    Attributes:
+        table: table name.
+        row_offset: first row of the table that lies here.
+        col_offset: first column of the table that lies here.
+        weights: [local rows, local columns].
+        state: optimizer state by FBGEMM's name; [local rows] (row-wise) or [local rows, local columns].
+    """
+
+    table: str
+    row_offset: int
+    col_offset: int
+    weights: torch.Tensor
+    state: Mapping[str, torch.Tensor]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and per-row optimizer state by name."""
+        rows = self.weights.shape[0]
+        return {"weight": self.weights, **{name: state for name, state in self.state.items() if state.shape[:1] == (rows,)}}
+
+
+def local_tables(lookups: Iterable[nn.Module]) -> Iterator[LocalTable]:
+    """Lists the tables that lie in the fused kernels of some lookups of a sharded module.
+
+    Args:
+        lookups: grouped lookups, as in `ShardedEmbeddingBagCollection._lookups`.
+    """
+    for lookup in lookups:
+        for kernel in lookup.modules():
+            if not isinstance(kernel, (BatchedFusedEmbedding, BatchedFusedEmbeddingBag)):
+                continue
+            states = kernel.emb_module.get_optimizer_state()  # empty for SGD
+            for table, weights, state in zip_longest(kernel.config.embedding_tables, kernel.split_embedding_weights(), states):
+                offsets = table.local_metadata.shard_offsets
+                yield LocalTable(table.name, offsets[0], offsets[1], weights.detach(), state or {})
+
+
+class Homes:
+    """Moves hot rows between the hot tier and their homes: weights and optimizer state, only hot rows, never a whole table.
+
+    Args:
+        hot: lookups of the hot tier; every rank holds all hot rows.
+        cold: lookups of the cold tier; a home lies on one rank.
+        hot_ids: home of each slot by table, int64 [hot rows]; only split tables have homes.
+        group: the ranks of the cold tier.
+    """
+
+    def __init__(
+        self, hot: Iterable[nn.Module], cold: Iterable[nn.Module], hot_ids: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None
+    ) -> None:
+        self._hot = list(hot)
+        self._cold = list(cold)
+        self._hot_ids = hot_ids
+        self._group = group
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Writes every hot row to its home. No collective: a rank writes the homes that lie with it."""
+        hot = {table.table: table.tensors() for table in local_tables(self._hot)}
+        self._settle()
+        for shard in local_tables(self._cold):
+            if shard.table not in self._hot_ids:
+                continue
+            slots, rows = self._rows_here(shard)
+            for name, home in shard.tensors().items():
+                home[rows] = _columns(hot[shard.table][name], shard, home)[slots].to(home.device)
+
+    @torch.no_grad()
+    def promote(self) -> None:
+        """Reads every hot row from its home, for example after a checkpoint was loaded. Collective: all ranks take part."""
+        shards: dict[str, list[LocalTable]] = {}
+        self._settle()
+        for shard in local_tables(self._cold):
+            shards.setdefault(shard.table, []).append(shard)
+        for table in local_tables(self._hot):
+            if table.table not in self._hot_ids:
+                continue
+            for name, hot in table.tensors().items():
+                rows_of_all = torch.zeros_like(hot)
+                for shard in shards.get(table.table, []):
+                    home = shard.tensors()[name]
+                    slots, rows = self._rows_here(shard)
+                    _columns(rows_of_all, shard, home)[slots] = home[rows].to(hot.device)
+                sum_of_disjoint(rows_of_all, self._group)
+                hot.copy_(rows_of_all)
+
+    def _rows_here(self, shard: LocalTable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots whose home lies in this shard, and the local row of each."""
+        ids = self._hot_ids[shard.table]
+        rows = ids - shard.row_offset
+        slots = ((rows >= 0) & (rows < shard.weights.shape[0])).nonzero().squeeze(1)
+        return slots, rows[slots].to(shard.weights.device)
+
+    def _settle(self) -> None:
+        """Brings cached rows of the cold tier home first, and forgets the cache: its rows may be about to change (UVM caching)."""
+        for lookup in self._cold:
+            lookup.flush()
+            lookup.purge()
+
+
+def _columns(hot: torch.Tensor, shard: LocalTable, home: torch.Tensor) -> torch.Tensor:
+    """The columns of a hot tensor that lie in this shard; row-wise state has none."""
+    return hot if home.dim() == 1 else hot[:, shard.col_offset : shard.col_offset + home.shape[1]]
