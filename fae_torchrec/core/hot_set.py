@@ -167,7 +167,7 @@ def pinned_tables(tables: TableSet, pinned_max_rows: int = 1024) -> tuple[TableS
 class _Selector:
     """A profile's rows by access count: tallied once, cut at any budget.
 
-    levels int64 [L]: the distinct counts of at least 1 in all tables that are not pinned, descending; bytes_to int64 [L]: bytes of
+    levels int64 [L]: the distinct counts in all tables that are not pinned, descending; bytes_to int64 [L]: bytes of
     their rows with at least so many accesses.
     """
 
@@ -181,15 +181,15 @@ class _Selector:
         ascending, level_of = np.unique(every_level, return_inverse=True)
         bytes_at = np.zeros(len(ascending), dtype=np.int64)
         np.add.at(bytes_at, level_of, every_bytes)
-        seen = ascending >= 1
-        self.levels = ascending[seen][::-1]
-        self.bytes_to = np.cumsum(bytes_at[seen][::-1])
+        self.levels = ascending[::-1]
+        self.bytes_to = np.cumsum(bytes_at[::-1])
 
     def select(self, budget_bytes: int) -> HotSet:
         profile, tables = self.profile, self.profile.tables
         left = budget_bytes - self._pinned_bytes(budget_bytes)
         fitting = int(np.searchsorted(self.bytes_to, left, side="right"))
-        # Bytes only change at a level, so the smallest threshold that fits is just above the first level that does not.
+        # Bytes only change at a level, so the smallest threshold that fits is just above the first level that does not; and it is 1 whether
+        # rows of level 0 fit or not.
         threshold = int(self.levels[fitting]) + 1 if fitting < len(self.levels) else 1
         left -= int(self.bytes_to[fitting - 1]) if fitting else 0
 

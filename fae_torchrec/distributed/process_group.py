@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 
 
+# torch 2.13 renamed it and warns at every call of the old name; torch 2.11 has the old one alone.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Gathers tensors of one size from all ranks into one tensor: (output, input, group=, async_op=)."""
+
+
 def gather_counts(group: dist.ProcessGroup | None, device: torch.device | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """What a HotColdDataLoader takes as `agree`: an all-gather of a few int64 counts.
 
@@ -26,7 +31,7 @@ def gather_counts(group: dist.ProcessGroup | None, device: torch.device | None =
             return counts[None]
         mine = torch.as_tensor(counts, device=device)
         world = torch.empty(group.size() * mine.numel(), dtype=mine.dtype, device=device)
-        dist.all_gather_into_tensor(world, mine, group=group)
+        all_gather_single(world, mine, group=group)
         return world.view(group.size(), -1).cpu().numpy()
 
     return agree

@@ -34,6 +34,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Multistreamable
 
 from fae_torchrec.core.errors import HotBatchError
+from fae_torchrec.distributed.process_group import all_gather_single
 from fae_torchrec.modules.pooling import block_permutation
 
 
@@ -179,7 +180,7 @@ class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
         counts = torch.cat([torch.full_like(kind, self._unique.numel()), misses, kind])
         self._counts = counts.new_empty(tier.group.size() * counts.numel())
         self._sent = counts  # kept until the collective has read it
-        self._work = dist.all_gather_into_tensor(self._counts, counts, group=tier.group, async_op=True)
+        self._work = all_gather_single(self._counts, counts, group=tier.group, async_op=True)
 
     def _wait_impl(self) -> Awaitable[KeyedJaggedTensor]:
         self._work.wait()
@@ -205,7 +206,7 @@ class _UnionAwaitable(Awaitable[KeyedJaggedTensor]):
         longest = max(counts)
         self._sent = torch.nn.functional.pad(unique, (0, longest - unique.numel()))
         self._slots_of_all = unique.new_empty(len(counts) * longest)
-        self._work = dist.all_gather_into_tensor(self._slots_of_all, self._sent, group=tier.group, async_op=True)
+        self._work = all_gather_single(self._slots_of_all, self._sent, group=tier.group, async_op=True)
 
     def _wait_impl(self) -> KeyedJaggedTensor:
         self._work.wait()

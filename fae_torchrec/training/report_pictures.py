@@ -20,10 +20,10 @@ MAX_SKEW_TABLES = 8
 
 # Marker colours that become CSS variables, so that one SVG serves light pages, dark pages and paper.
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
-_SERIES = tuple(f"#0{index}0{index}0{index}" for index in range(4, 10)) + ("#0a0a0a", "#0b0b0b")
+_SERIES = ("#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
 _VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", **{colour: f"--s{index}" for index, colour in enumerate(_SERIES)}}
 _PLACEMENTS = {"stock": _SERIES[0], "fae": _SERIES[1], "fae-unsegregated": _SERIES[2]}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fae",
     "font.size": 10,
@@ -52,14 +52,14 @@ _STYLE = {
 def skew_picture(report: Report) -> str | None:
     """Share of a table's accesses that its most popular rows take, for the largest tables."""
     skew = sorted((report.get("profile") or {}).get("skew") or (), key=lambda table: -table["rows"])[:MAX_SKEW_TABLES]
-    return _draw(lambda axes: _skew(axes[0], skew), 1, (6.4, 3.9)) if skew else None
+    return _draw(lambda axes: _skew(axes[0], skew), 1, (5.6, 3.7)) if skew else None
 
 
 def budget_picture(report: Report) -> str | None:
     """Hot inputs and coverage against the bytes of fast memory, with the budget in use marked."""
     placement = report.get("placement") or {}
     curve = [point for point in placement.get("curve") or () if point["byte_share"] > 0]
-    return _draw(lambda axes: _budget(axes[0], curve, placement), 1, (6.4, 3.9)) if curve else None
+    return _draw(lambda axes: _budget(axes[0], curve, placement), 1, (5.6, 3.7)) if curve else None
 
 
 def throughput_picture(report: Report) -> str | None:
@@ -116,7 +116,7 @@ def _draw(fill: Callable[[Sequence[Axes]], None], panels: int, size: tuple[float
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
-    svg = re.sub(r"(font: [^;\"']*?px) [^;\"]*", r"\1 var(--font)", svg)
+    svg = re.sub(r"(font: [^;\"']*?px |font-family: )[^;\"]*", r"\1var(--font)", svg)
     svg = re.sub(r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|PathCollection|LineCollection)_\d+"', "", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -133,7 +133,7 @@ def _skew(axis: Axes, skew: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("most popular rows, share of the table's rows")
     axis.set_ylabel("share of its accesses")
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="lower right", fontsize=8.5)
 
 
 def _budget(axis: Axes, curve: Sequence[Mapping[str, Any]], placement: Mapping[str, Any]) -> None:
@@ -153,7 +153,7 @@ def _budget(axis: Axes, curve: Sequence[Mapping[str, Any]], placement: Mapping[s
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("fast memory, share of all tables' bytes")
-    axis.legend(loc="best", fontsize=8)
+    axis.legend(loc="best", fontsize=8.5)
 
 
 def _bars(axis: Axes, runs: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
@@ -181,7 +181,7 @@ def _breakdown(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]]) -> N
     parts += sorted({name for _, values in rows for name in values} - set(parts))
     positions = list(range(len(rows)))
     left = [0.0] * len(rows)
-    for part, colour in zip(parts, _SERIES, strict=False):
+    for part, colour in zip(parts, (*_SERIES[3:], *_SERIES[:3]), strict=False):  # not the placements' colours
         widths = [values.get(part) or 0.0 for _, values in rows]
         axis.barh(positions, widths, left=left, color=colour, height=0.72, label=part.replace("_", " "))
         left = [start + width for start, width in zip(left, widths, strict=True)]

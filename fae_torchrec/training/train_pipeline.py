@@ -42,6 +42,7 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
 
     def dequeue_batch(self) -> None:
         """Counts the batch that was just trained and makes room for the next."""
+        # Any batch type of the user's will do; only one with these features can be hot.
         if isinstance(getattr(self.batches[0], "sparse_features", None), HotKeyedJaggedTensor):
             self.steps.hot += 1
         else:

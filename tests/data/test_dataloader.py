@@ -320,6 +320,11 @@ def test_ranks_with_slightly_unequal_streams_still_take_equal_steps() -> None:
     ranks = run_ranks(2, lambda r, agree: HotColdDataLoader(streams[r].batches(), PLACEMENT, batch_size=3, agree=agree))
     assert disagreements(ranks) == []
     assert [rank.numbers() for rank in ranks] == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[0, 1, 2], [3, 4, 5], [6, 7]]]
+    # 8 and 10 samples: two agreed batches leave 2 and 4; the 4 need two steps, so the 2 are taken in two steps as well.
+    streams = [Stream([True] * 8, [4]), Stream([True] * 10, [4])]
+    ranks = run_ranks(2, lambda r, agree: HotColdDataLoader(streams[r].batches(), PLACEMENT, batch_size=3, agree=agree))
+    assert disagreements(ranks) == []
+    assert [rank.numbers("mixed") for rank in ranks] == [[[6], [7]], [[6, 7], [8, 9]]]
 
 
 def test_a_rank_with_too_few_samples_is_an_error_on_every_rank() -> None:

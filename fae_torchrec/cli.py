@@ -1,0 +1,196 @@
+"""The command line: fae profile | place | train | compare | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fae_torchrec.core.errors import ConfigError, FAEError
+
+_ABOUT = """\
+FAE hot and cold embeddings for TorchRec: keep the rows that most accesses go to in fast memory on every rank, leave the rest in
+host memory, and train on batches that touch hot rows only wherever the data allow.
+
+  fae doctor                                            is this environment able to run?
+  fae compare --config examples/configs/demo.yaml       the whole line, compared with stock TorchRec
+"""
+_COMMANDS = {
+    "profile": "count how often each row is accessed, on a sample of the train data; writes OUTPUT/profile.npz",
+    "place": "select the hot rows under the budget; writes OUTPUT/profile.npz (if need be) and OUTPUT/placement.npz",
+    "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); writes OUTPUT/train.json",
+    "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
+    "doctor": "print versions, devices, whether torch, torchrec and fbgemm fit together, and what to install if not",
+}
+_CONFIG_HELP = """\
+The config is a YAML or JSON file with the sections data, model, profile, placement, schedule, train, compare and output; see
+examples/configs/. Any key can be overridden: --set train.epochs=2 --set placement.budget=64MiB
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; default: the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 `doctor` found a problem, 2 bad input (one message on standard error, no traceback).
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "doctor":
+            from fae_torchrec.doctor import examine  # alone: it must run where torch is missing
+
+            return examine(arguments.json)
+        return _run(arguments, ["fae", *(sys.argv[1:] if argv is None else argv)])
+    except FAEError as error:
+        print(f"fae {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if type(error).__name__ != "PlannerError":  # TorchRec's word for a plan that cannot be; imported only if it was raised
+            raise
+        print(f"fae {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fae", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_COMMANDS))
+    for name, what in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=what,
+            epilog=None if name == "doctor" else _CONFIG_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        if name == "doctor":
+            continue
+        command.add_argument("--config", required=True, metavar="FILE", help="the experiment, YAML or JSON")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated")
+        command.add_argument("--output", metavar="DIR", help="folder for what is written (default: `output` of the config)")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+        if name == "compare":
+            command.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks (default: compare.ranks)")
+        if name == "train":
+            command.add_argument("--placement", choices=("stock", "fae", "fae-unsegregated"), default="fae", help="default: fae")
+            command.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, command: list[str]) -> int:
+    from fae_torchrec.config import load_config  # here and below: --help and doctor must not wait for torch
+    from fae_torchrec.distributed.local_ranks import quiet_host
+
+    quiet_host()
+    config = load_config(arguments.config, arguments.set)
+    if arguments.output:
+        config = replace(config, output=arguments.output)
+    if arguments.command == "compare":
+        return _compare(arguments, config, command)
+    if arguments.command == "train":
+        return _train(arguments, config)
+    return _prepare(arguments, config)
+
+
+def _prepare(arguments: argparse.Namespace, config: Any) -> int:
+    """`fae profile` and `fae place`."""
+    from fae_torchrec.compare import describe_placement, describe_profile
+    from fae_torchrec.experiment import experiment_tables, make_hot_set, make_placement, make_profile, open_data
+    from fae_torchrec.training.report_table import bytes_text, percent_text
+
+    data = open_data(config)
+    tables = experiment_tables(config, data)
+    profile = make_profile(config, data, tables, show_progress=not arguments.quiet)
+    if arguments.command == "profile":
+        path = Path(config.output, "profile.npz")
+        profile.save(path)
+        top = [(name, profile.counts[name]) for name in tables.names]
+        lines = [
+            f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
+            "the tables' most accessed 1 % of rows take this share of their accesses:",
+            *(f"  {name:<24} {len(counts):>12,} rows  {percent_text(_top_share(counts)):>7}" for name, counts in top),
+        ]
+        _print(arguments, lines, {**describe_profile(profile), "path": str(path)})
+        return 0
+    hot_set = make_hot_set(config, profile) if config.placement.path is None else None
+    placement, path = make_placement(config, tables, hot_set)
+    described = describe_placement(config, profile, hot_set, placement)
+    lines = [
+        f"{path}: placement {placement.fingerprint}",
+        f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot (budget {bytes_text(placement.budget_bytes)} a rank)",
+        f"hot inputs {percent_text(placement.hot_inputs)} of samples, coverage {percent_text(placement.coverage)} of accesses",
+        *(
+            f"  {row['table']:<24} {row['kind']:<6} {row['hot_rows']:>12,} of {row['rows']:>12,} rows  {bytes_text(row['bytes_hot']):>10}"
+            for row in described["per_table"]
+        ),
+    ]
+    _print(arguments, lines, {**described, "path": str(path)})
+    return 0
+
+
+def _train(arguments: argparse.Namespace, config: Any) -> int:
+    from functools import partial
+
+    from fae_torchrec.distributed.local_ranks import from_first_rank, launched_group, run_on_local_ranks
+    from fae_torchrec.experiment import prepare, run_placement
+    from fae_torchrec.training.report import write_json
+
+    if arguments.ranks < 1:
+        raise ConfigError(f"--ranks: received {arguments.ranks}; give at least 1")
+    show = not arguments.quiet
+    device = config.train.device
+    with launched_group(device) as group:
+        if group is None:
+            job = (config, arguments.placement, prepare(config, show_progress=show), show)
+            result = run_on_local_ranks(run_placement, arguments.ranks, *job, device_type=device)[0]
+        else:  # torchrun: every rank runs this command
+            placement = from_first_rank(partial(prepare, config, show_progress=show), group)
+            result = run_placement(group.rank(), config, arguments.placement, placement, show)
+            if group.rank():
+                return 0
+    path = write_json(result, Path(config.output, "train.json"))
+    scores = f"test AUC {result['test_auc']:.4f}, logloss {result['test_logloss']:.4f}"
+    line = f"{result['placement']} on {result['ranks']} rank(s): {result['samples_per_s']:,.0f} samples/s, {scores}"
+    _print(arguments, [line, str(path)], result)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, config: Any, command: list[str]) -> int:
+    from fae_torchrec.compare import compare
+    from fae_torchrec.distributed.local_ranks import world_size_of_environment
+    from fae_torchrec.training.report import write_report
+    from fae_torchrec.training.report_table import text_table
+
+    if arguments.ranks:
+        if min(arguments.ranks) < 1 or len(set(arguments.ranks)) < len(arguments.ranks):
+            raise ConfigError(f"--ranks: received {arguments.ranks}; give numbers of at least 1, none twice")
+        config = replace(config, compare=replace(config.compare, ranks=tuple(arguments.ranks)))
+    if world_size_of_environment() > 1:
+        raise ConfigError("fae compare starts its own ranks; received a torchrun environment of several; start it as one process")
+    report = compare(config, command, show_progress=not arguments.quiet)
+    paths = write_report(report, config.output)
+    _print(arguments, [text_table(report), "", *(str(path) for path in paths)], report)
+    return 0
+
+
+def _print(arguments: argparse.Namespace, lines: Sequence[str], values: Any) -> None:
+    print(json.dumps(values, indent=2) if arguments.json else "\n".join(lines))
+
+
+def _top_share(counts: Any) -> float:
+    """Share of accesses that the most accessed hundredth of the rows (at least one) takes."""
+    import numpy as np
+
+    top = max(len(counts) // 100, 1)
+    return float(np.partition(counts, -top)[-top:].sum() / max(counts.sum(), 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

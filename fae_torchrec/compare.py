@@ -1,0 +1,142 @@
+"""fae compare: named placements on the same data, seed and start weights, and the report that puts them side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from fae_torchrec.config import RunConfig
+from fae_torchrec.core.histogram import skew_curve
+from fae_torchrec.core.hot_set import HotSet, hot_inputs_curve, pinned_tables
+from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.core.popularity import PopularityProfile
+from fae_torchrec.core.tables import TableSet
+from fae_torchrec.distributed.local_ranks import run_on_local_ranks
+from fae_torchrec.doctor import Environment, collect
+from fae_torchrec.experiment import (
+    ExperimentData,
+    experiment_tables,
+    make_hot_set,
+    make_placement,
+    make_profile,
+    open_data,
+    run_placement,
+)
+
+_CURVE_POINTS = 24
+
+
+def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = False) -> dict[str, Any]:
+    """Profiles, places and trains every configured placement at every configured number of ranks, one after the other.
+
+    Args:
+        config: the experiment.
+        command: the command line, for the report.
+        show_progress: progress bars and a line per run on standard error.
+
+    Returns:
+        The report (see `fae_torchrec.training.report`).
+
+    Raises:
+        FAEError: bad input; before any training where it can be known.
+    """
+    data = open_data(config)
+    tables = experiment_tables(config, data)
+    profile = make_profile(config, data, tables, show_progress=show_progress)
+    hot_set = make_hot_set(config, profile) if config.placement.path is None else None
+    placement, _ = make_placement(config, tables, hot_set)
+    report: dict[str, Any] = {
+        "schema": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(command),
+        **describe_environment(collect()),
+        "config": config.to_dict(),
+        "data": describe_data(data, tables),
+        "profile": describe_profile(profile),
+        "placement": describe_placement(config, profile, hot_set, placement),
+        "runs": [],
+    }
+    for ranks in config.compare.ranks:
+        for name in config.compare.placements:
+            if show_progress:
+                print(f"{name} on {ranks} rank{'s' if ranks > 1 else ''}", file=sys.stderr)
+            results = run_on_local_ranks(run_placement, ranks, config, name, placement, show_progress, device_type=config.train.device)
+            report["runs"].append(results[0])
+    return report
+
+
+def describe_environment(environment: Environment) -> dict[str, Any]:
+    """Versions and hardware as the report has them."""
+    return {
+        "versions": {"python": ".".join(map(str, environment.python)), **environment.packages, "cuda": environment.cuda},
+        "hardware": {
+            "machine": environment.machine,
+            "cores": environment.cores,
+            "ram_bytes": environment.ram_bytes,
+            "gpus": [list(device) for device in environment.devices],
+        },
+    }
+
+
+def describe_data(data: ExperimentData, tables: TableSet) -> dict[str, Any]:
+    """The data and tables as the report has them."""
+    return {
+        "name": data.name,
+        "train_samples": data.train.num_samples,
+        "test_samples": data.test.num_samples,
+        "tables": len(tables),
+        "rows": sum(table.rows for table in tables),
+        "bytes": tables.total_bytes,
+    }
+
+
+def describe_profile(profile: PopularityProfile) -> dict[str, Any]:
+    """The profile as the report has it, with a skew curve per table of more than one row."""
+    skew = []
+    for table in profile.tables:
+        counts = profile.counts[table.name]
+        if table.rows > 1 and counts.any():
+            row_share, access_share = skew_curve(counts)
+            skew.append({"table": table.name, "rows": table.rows, "row_share": row_share.tolist(), "access_share": access_share.tolist()})
+    return {
+        "fingerprint": profile.fingerprint,
+        "num_samples": profile.num_samples,
+        "total_samples": profile.total_samples,
+        "sample_rate": profile.sample_rate,
+        "skew": skew,
+    }
+
+
+def describe_placement(config: RunConfig, profile: PopularityProfile, hot_set: HotSet | None, placement: RowPlacement) -> dict[str, Any]:
+    """The placement as the report has it, with hot inputs over budgets from the pinned tables' bytes to all."""
+    tables = placement.tables
+    pinned = config.placement.pinned_max_rows
+    least, most = max(sum(table.total_bytes for table in pinned_tables(tables, pinned)), tables.total_bytes // 10_000, 1), tables.total_bytes
+    budgets = sorted({int(least * (most / least) ** (i / (_CURVE_POINTS - 1))) for i in range(_CURVE_POINTS)} | {most})
+    return {
+        "fingerprint": placement.fingerprint,
+        "budget_bytes": placement.budget_bytes,
+        "used_bytes": placement.hot_bytes,
+        "hot_rows": sum(placement.hot_rows(name) for name in tables.names),
+        "pinned": [] if hot_set is None else list(hot_set.pinned),
+        "threshold": None if hot_set is None else hot_set.threshold,
+        "coverage": placement.coverage,
+        "hot_inputs": placement.hot_inputs,
+        "per_table": [
+            {
+                "table": table.name,
+                "rows": table.rows,
+                "hot_rows": placement.hot_rows(table.name),
+                "kind": placement.kind(table.name).value,
+                "bytes_hot": placement.hot_rows(table.name) * table.row_bytes,
+                "bytes_all": table.total_bytes,
+            }
+            for table in tables
+        ],
+        "curve": [
+            {"used_bytes": used, "byte_share": used / most, "hot_inputs": hot_inputs, "coverage": coverage}
+            for used, hot_inputs, coverage in hot_inputs_curve(profile, budgets, pinned)
+        ],
+    }

@@ -1,0 +1,140 @@
+"""Runs a function on ranks of this machine, each in a process of its own, and brings the results back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+_POLL_S = 1.0
+
+
+def run_on_local_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, device_type: str = "cpu", timeout_s: float | None = None
+) -> list[Any]:
+    """Calls `function(rank, *args)` on every rank of a new default process group (gloo on CPU, nccl on CUDA).
+
+    Args:
+        function: a module-level function; it and its arguments are pickled, and so are its results.
+        world_size: number of ranks; they share this machine's cores.
+        *args: passed on.
+        device_type: "cpu" or "cuda" (rank r on device r).
+        timeout_s: after which the ranks are killed; also the process group's timeout. None waits as long as it takes.
+
+    Returns:
+        The results in rank order.
+
+    Raises:
+        TimeoutError: the ranks took longer.
+        Exception: what the first failing rank raised, with that rank's traceback as a note in `__cause__`; the other ranks are killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _rank_main, (function, world_size, folder, device_type, timeout_s, args), world_size, join=False, start_method="spawn"
+        )
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while not context.join(_POLL_S):  # false while any rank still runs; raises as soon as one has failed
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"{function.__name__} did not end within {timeout_s} s on {world_size} ranks; the ranks were killed")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
+            raise _own_error(folder, failure) from failure
+        finally:
+            for process in context.processes:
+                process.kill()
+        return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _own_error(folder: str, failure: Exception) -> Exception:
+    """The exception that a rank raised itself, not the one that its end caused in another rank."""
+    errors = sorted(Path(folder).glob("error*"), key=lambda path: path.stat().st_mtime)
+    for path in errors:
+        try:
+            error = pickle.loads(path.read_bytes())
+        except Exception:  # an exception that cannot be read back: its text is in `failure`
+            continue
+        if isinstance(error, Exception):
+            return error
+    return failure
+
+
+def _rank_main(
+    rank: int, function: Callable[..., Any], world_size: int, folder: str, device_type: str, timeout_s: float | None, args: tuple[Any, ...]
+) -> None:
+    quiet_host()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout
+    )
+    try:
+        result = function(rank, *args)
+        Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()  # nobody leaves while another still talks
+    except Exception as error:
+        traceback.print_exc()
+        Path(folder, f"error{rank}").write_bytes(pickle.dumps(error))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size_of_environment() -> int:
+    """Number of ranks that torchrun (or another launcher) says there are; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def launched_group(device_type: str) -> Iterator[dist.ProcessGroup | None]:
+    """The default process group of the launcher's ranks, or None where no launcher (torchrun, torchx) started this process.
+
+    Args:
+        device_type: "cpu" (gloo) or "cuda" (nccl, and this process takes the device of its local rank).
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield None
+        return
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
+    """What `make` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if group.rank() == 0:
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def quiet_host() -> None:
+    """Silences what TorchRec and torch say about their own insides at every start; errors stay."""
+    for name in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("torch", "torchrec", "fbgemm_gpu", "torchmetrics"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")

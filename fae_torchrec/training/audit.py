@@ -1,0 +1,163 @@
+"""The audit of a trained model: what a step of each kind moves between ranks, touches in the cold tier, and spends its time on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardedModule
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.core.tables import TableSet
+from fae_torchrec.data.batches import is_hot_batch
+from fae_torchrec.data.segregate import hot_samples
+from fae_torchrec.training.traffic import CollectiveCounter
+
+
+@dataclass
+class KindAudit:
+    """Sums over the audited steps of one kind, over all ranks.
+
+    Attributes:
+        steps: steps times ranks.
+        samples: samples.
+        hot_samples: samples that are all hot (0 without a placement).
+        crossed_bytes: bytes that left a rank for another.
+        cold_rows: rows looked up outside the hot tier, repeats counted.
+        cold_bytes: bytes of these rows with their optimizer state; backward touches as many again.
+        input_dist_ms: time of the input dist alone, start to end, not overlapped.
+        forward_ms: the rest of forward.
+        backward_ms: backward, with the fused update.
+        optimizer_ms: the dense optimizer's step and zero_grad.
+    """
+
+    steps: float = 0
+    samples: float = 0
+    hot_samples: float = 0
+    crossed_bytes: float = 0
+    cold_rows: float = 0
+    cold_bytes: float = 0
+    input_dist_ms: float = 0
+    forward_ms: float = 0
+    backward_ms: float = 0
+    optimizer_ms: float = 0
+
+
+def audit(
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    batches: Iterable[Batch],
+    tables: TableSet,
+    placement: RowPlacement | None,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    *,
+    segregated: bool,
+) -> dict[str, KindAudit]:
+    """Trains each batch twice without a pipeline: once under a count of all collectives, once under a clock.
+
+    Changes the weights: call it after everything else. Collective: every rank takes the same kinds of steps.
+
+    Args:
+        model: sharded.
+        optimizer: of the model.
+        batches: this rank's batches.
+        tables: of the model.
+        placement: of the model, None for stock.
+        device: where the model lies.
+        group: the ranks.
+        segregated: whether the batches come from a loader that keeps kinds apart; if not, all are "mixed".
+
+    Returns:
+        Sums by kind.
+    """
+    kinds: dict[str, KindAudit] = {}
+    model.train()
+    for batch in batches:
+        kind = kinds.setdefault("mixed" if not segregated else "hot" if is_hot_batch(batch) else "cold", KindAudit())
+        kind.steps += 1
+        kind.samples += batch.labels.numel()
+        kind.hot_samples += float(hot_samples(batch.sparse_features, placement).sum()) if placement is not None else 0
+        rows, row_bytes = cold_accesses(batch.sparse_features, tables, placement)
+        kind.cold_rows += rows
+        kind.cold_bytes += row_bytes
+        batch = batch.to(device)
+        counter = CollectiveCounter(group.rank(), group.size())
+        with counter:
+            _step(model, optimizer, batch, device, KindAudit())
+        kind.crossed_bytes += counter.total_bytes
+        kind.input_dist_ms += _input_dist_ms(model, batch, device)
+        _step(model, optimizer, batch, device, kind)
+    for kind in kinds.values():
+        kind.forward_ms = max(kind.forward_ms - kind.input_dist_ms, 0.0)  # forward runs an input dist of its own
+    return {name: _summed(kind, device, group) for name, kind in kinds.items()}
+
+
+def cold_accesses(kjt: KeyedJaggedTensor, tables: TableSet, placement: RowPlacement | None) -> tuple[int, int]:
+    """Counts lookups that the hot tier does not serve.
+
+    Args:
+        kjt: raw ids of one batch.
+        tables: whose lookups are counted.
+        placement: the hot rows; None counts every lookup.
+
+    Returns:
+        Rows looked up outside the hot tier (repeats counted) and their bytes, optimizer state included.
+    """
+    rows, row_bytes = 0, 0
+    features = kjt.to_dict()
+    for name, feature in tables.lookups:
+        ids = features[feature].values()
+        cold = ids.numel() if placement is None else int((~placement.is_hot(name, ids.cpu().numpy())).sum())
+        rows += cold
+        row_bytes += cold * tables[name].row_bytes
+    return rows, row_bytes
+
+
+def _step(model: DistributedModelParallel, optimizer: CombinedOptimizer, batch: Batch, device: torch.device, into: KindAudit) -> None:
+    clock = _Clock(device)
+    optimizer.zero_grad()
+    zero_grad_ms = clock.lap_ms()
+    loss, _ = model(batch)
+    into.forward_ms += clock.lap_ms()
+    loss.backward()
+    into.backward_ms += clock.lap_ms()
+    optimizer.step()
+    into.optimizer_ms += clock.lap_ms() + zero_grad_ms
+
+
+def _input_dist_ms(model: DistributedModelParallel, batch: Batch, device: torch.device) -> float:
+    clock = _Clock(device)
+    for module in model.modules():
+        if isinstance(module, ShardedModule):
+            module.input_dist(module.create_context(), batch.sparse_features).wait().wait()
+    return clock.lap_ms()
+
+
+class _Clock:
+    """Wall time between laps, the device's queue drained at each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.lap_ms()
+
+    def lap_ms(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        lap = 1e3 * (now - getattr(self, "_last", now))
+        self._last = now
+        return lap
+
+
+def _summed(kind: KindAudit, device: torch.device, group: dist.ProcessGroup) -> KindAudit:
+    values = torch.tensor([getattr(kind, f.name) for f in fields(kind)], dtype=torch.float64, device=device)
+    dist.all_reduce(values, group=group)
+    return KindAudit(*values.tolist())

@@ -1,0 +1,51 @@
+"""The report of a run, rendered from one plain dictionary and written so that report.json is there only if all of it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fae_torchrec.training.report_page import html_report
+from fae_torchrec.training.report_table import text_table
+
+__all__ = ["html_report", "text_table", "write_json", "write_report"]
+
+
+def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
+    """Writes report.html, then report.json, each under a temporary name first.
+
+    Args:
+        report: the report; numbers that are not finite are written as null.
+        folder: where to; made if it is missing.
+
+    Returns:
+        The paths of report.json and report.html.
+    """
+    page = _write(html_report(_finite(report)), Path(folder, "report.html"))
+    return write_json(report, Path(folder, "report.json")), page
+
+
+def write_json(values: Mapping[str, Any], path: Path) -> Path:
+    """Writes plain values as JSON, whole or not at all; numbers that are not finite become null."""
+    return _write(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n", path)
+
+
+def _write(text: str, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it: text keys, and null for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

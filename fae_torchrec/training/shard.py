@@ -1,0 +1,50 @@
+"""From an unsharded DLRM to a sharded one with its optimizer: by the stock planner, or by ours where a placement is given."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.sharding_plan import get_default_sharders
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.distributed.planner import FAEShardingPlanner
+from fae_torchrec.distributed.sharder import get_fae_sharders
+
+
+def shard_model(
+    model: nn.Module, placement: RowPlacement | None, batch_size: int, device: torch.device, group: dist.ProcessGroup
+) -> DistributedModelParallel:
+    """Shards a model and gives it the unsharded model's weights, so that every placement starts from the same.
+
+    Args:
+        model: unsharded, with real weights.
+        placement: hot and cold rows, or None for TorchRec's own EmbeddingShardingPlanner.
+        batch_size: per rank.
+        device: where to train.
+        group: the ranks.
+    """
+    # Names, not the module: the unsharded tables are freed with the returned dict's last reader.
+    weights = dict(model.state_dict())
+    topology = Topology(world_size=group.size(), local_world_size=get_local_size(group.size()), compute_device=device.type)
+    if placement is None:
+        sharders = get_default_sharders()
+        plan = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size).collective_plan(model, sharders, group)
+    else:
+        sharders = get_fae_sharders()
+        plan = FAEShardingPlanner(placement, topology=topology, batch_size=batch_size).collective_plan(model, sharders, group)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+    sharded.load_state_dict(weights)
+    return sharded
+
+
+def build_optimizer(model: DistributedModelParallel, dense_learning_rate: float) -> CombinedOptimizer:
+    """The fused optimizer of the tables and an Adagrad of the dense part, as TorchRec's DLRM reference has them."""
+    dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    dense = KeyedOptimizerWrapper(dense_parameters, lambda parameters: torch.optim.Adagrad(parameters, lr=dense_learning_rate))
+    return CombinedOptimizer([model.fused_optimizer, dense])

@@ -1,0 +1,268 @@
+"""Trainer: one sharded model over epochs of hot and cold batches, with the schedule's feedback, read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+from tqdm import tqdm
+
+from fae_torchrec.core.schedule import Phase
+from fae_torchrec.data.batches import BatchSource, is_hot_batch
+from fae_torchrec.data.dataloader import HotColdDataLoader
+from fae_torchrec.training.metrics import Scores, evaluate
+from fae_torchrec.training.train_pipeline import FAETrainPipeline
+
+_WARM_UP_STEPS = 5  # the first steps trace the model and grow buffers
+_CURVE_POINTS = 100
+_SPREAD_BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long to train and how to score.
+
+    Attributes:
+        batch_size: samples per step and rank.
+        epochs: passes over the train data.
+        steps: ends the run after so many steps; None trains whole epochs.
+        eval_batch_size: samples per rank and test batch.
+        swap_eval_batches: test batches looked at after each swap for the schedule's feedback; 0 gives it none.
+    """
+
+    batch_size: int
+    epochs: int = 1
+    steps: int | None = None
+    eval_batch_size: int = 4096
+    swap_eval_batches: int = 4
+
+
+@dataclass
+class StepLog:
+    """What every step of this rank did; one entry per step. `seconds` has the loader's `loading_s` in it."""
+
+    kinds: list[str] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    loading_s: list[float] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave; the same on every rank.
+
+    Attributes:
+        samples_per_s: over all ranks; the first steps (warm-up) and evaluations are left out, all loading and segregating is in, also that
+            of the first steps, where a whole epoch may be segregated.
+        samples_per_s_spread: lowest and highest over fifths of the run.
+        train_loss: mean over the last epoch (the same samples under every placement and order).
+        loss_curve: (samples trained over all ranks, mean loss since the last point).
+        test: scores after training.
+        samples_by_kind: samples trained over all ranks, by kind of batch ("hot", "cold" or "mixed").
+        steps_by_kind: steps, by kind.
+        swap_losses: test losses that the schedule was told.
+    """
+
+    samples_per_s: float
+    samples_per_s_spread: tuple[float, float]
+    train_loss: float
+    loss_curve: list[tuple[int, float]]
+    test: Scores
+    samples_by_kind: dict[str, int]
+    steps_by_kind: dict[str, int]
+    swap_losses: list[float]
+    wall_s: float
+
+
+class Trainer:
+    """Trains one model.
+
+    Args:
+        model: a DistributedModelParallel around a model that returns `(loss, (loss, logits, labels))`.
+        optimizer: of the model, fused parts included.
+        loader: this rank's train batches; its schedule is told the test loss after each swap.
+        test: the test data.
+        options: how long.
+        device: where to train.
+        group: the ranks, or None for one process.
+        show_progress: a progress bar, on rank 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: CombinedOptimizer,
+        loader: HotColdDataLoader,
+        test: BatchSource,
+        options: TrainOptions,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        *,
+        show_progress: bool = False,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._loader = loader
+        self._test = test
+        self._options = options
+        self._device = device
+        self._group = group
+        self._rank = 0 if group is None else group.rank()
+        self._world_size = 1 if group is None else group.size()
+        self._show_progress = show_progress and self._rank == 0
+        self._swapped = False
+        self._swap_losses: list[float] = []
+        loader.on_swap = self._on_swap
+
+    def run(self) -> TrainResult:
+        """Trains and scores. Collective: every rank runs it."""
+        started = time.perf_counter()
+        log = StepLog()
+        # The stock baseline runs on the stock pipeline; ours is the same one, keeping count of kinds.
+        pipeline_type = FAETrainPipeline if self._loader.schedule.segregates else TrainPipelineSparseDist
+        pipeline = pipeline_type(self._model, self._optimizer, self._device)
+        steps_left = self._options.steps
+        self._model.train()
+        with tqdm(desc="train", unit=" samples", unit_scale=True, disable=not self._show_progress) as bar:
+            for epoch in range(self._options.epochs):
+                batches = islice(iter(self._loader), steps_left)
+                for phases in self._until_swaps(batches):
+                    self._train(pipeline, phases, epoch, log, bar)
+                    self._tell_schedule(pipeline)
+                if steps_left is not None:
+                    steps_left = self._options.steps - len(log.kinds)
+        pipeline.detach()
+        scores = self._score(None)
+        return self._result(log, scores, time.perf_counter() - started)
+
+    def _train(self, pipeline: TrainPipelineSparseDist, batches: Iterator[Batch], epoch: int, log: StepLog, bar: tqdm) -> None:
+        watched = _Watched(batches, segregated=self._loader.schedule.segregates)
+        while True:
+            start, loaded_s = time.perf_counter(), watched.loading_s
+            try:
+                loss, _, labels = pipeline.progress(watched)
+            except StopIteration:
+                return
+            log.seconds.append(time.perf_counter() - start)
+            log.loading_s.append(watched.loading_s - loaded_s)
+            log.kinds.append(watched.kinds.popleft())
+            log.samples.append(labels.numel())
+            log.losses.append(loss.detach())
+            log.epochs.append(epoch)
+            bar.update(labels.numel() * self._world_size)
+
+    def _until_swaps(self, batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+        """Cuts the stream where the kind changes, if the schedule wants feedback there: a cut drains the pipeline."""
+        if self._loader.schedule.policy != "fae" or not self._options.swap_eval_batches:
+            yield batches
+            return
+        following = next(batches, None)
+        while following is not None:
+            self._swapped = False
+            held = [following]
+
+            def until_swap(held: list[Batch] = held) -> Iterator[Batch]:
+                while held:
+                    yield held.pop()
+                    batch = next(batches, None)
+                    if batch is not None:
+                        held.append(batch)
+                        if self._swapped:
+                            return
+
+            yield until_swap()
+            following = held.pop() if held else None
+
+    def _on_swap(self, phase: Phase) -> None:
+        self._swapped = True
+
+    def _tell_schedule(self, pipeline: TrainPipelineSparseDist) -> None:
+        """After a swap: looks at the test loss and tells the schedule, the same value on every rank."""
+        if self._swapped and self._options.swap_eval_batches:
+            self._swapped = False
+            pipeline.detach()
+            logloss = torch.tensor([self._score(self._options.swap_eval_batches).logloss], dtype=torch.float64, device=self._device)
+            if self._group is not None:  # the ranks' schedules must not drift apart by a rounding
+                dist.broadcast(logloss, src=0, group=self._group)
+            loss = float(logloss)
+            self._swap_losses.append(loss)
+            self._loader.schedule.observe(loss)
+
+    def _score(self, num_batches: int | None) -> Scores:
+        batches = self._test.batches(self._options.eval_batch_size, rank=self._rank, world_size=self._world_size)
+        return evaluate(self._model, islice(batches, num_batches), self._device, self._group)
+
+    def _result(self, log: StepLog, scores: Scores, wall_s: float) -> TrainResult:
+        everyone = self._of_all_ranks(log)
+        samples, losses = everyone[0], everyone[3] / everyone[0]
+        busy_s, loading_s = (everyone[1] - everyone[2]) / self._world_size, everyone[2] / self._world_size
+        loading_s_per_sample = loading_s.sum() / samples.sum()
+        warm = min(_WARM_UP_STEPS, len(log.kinds) - 1)
+        blocks = torch.arange(warm, len(log.kinds)).tensor_split(_SPREAD_BLOCKS)
+
+        def rate(steps: torch.Tensor) -> float:
+            trained = samples[steps].sum()
+            return float(trained / (busy_s[steps].sum() + trained * loading_s_per_sample))
+
+        rates = [rate(block) for block in blocks if block.numel()]
+        last_epoch = torch.tensor(log.epochs) == log.epochs[-1]
+        by_kind = {kind: torch.tensor([k == kind for k in log.kinds]) for kind in dict.fromkeys(log.kinds)}
+        trained = samples.cumsum(0)
+        curve = torch.arange(len(log.kinds)).tensor_split(min(_CURVE_POINTS, len(log.kinds)))
+        return TrainResult(
+            samples_per_s=rate(torch.arange(warm, len(log.kinds))),
+            samples_per_s_spread=(min(rates), max(rates)),
+            train_loss=_weighted(losses, samples, last_epoch),
+            loss_curve=[(int(trained[part[-1]]), _weighted(losses, samples, part)) for part in curve],
+            test=scores,
+            samples_by_kind={kind: int(samples[mask].sum()) for kind, mask in by_kind.items()},
+            steps_by_kind={kind: int(mask.sum()) for kind, mask in by_kind.items()},
+            swap_losses=self._swap_losses,
+            wall_s=wall_s,
+        )
+
+    def _of_all_ranks(self, log: StepLog) -> torch.Tensor:
+        """float64 [4, steps] summed over ranks: samples, seconds, seconds of loading, loss times samples."""
+        samples, seconds, loading_s = torch.tensor([log.samples, log.seconds, log.loading_s], dtype=torch.float64)
+        losses = torch.stack(log.losses).to("cpu", torch.float64)
+        sums = torch.stack([samples, seconds, loading_s, losses * samples]).to(self._device)
+        if self._group is not None:
+            dist.all_reduce(sums, group=self._group)
+        return sums.cpu()
+
+
+def _weighted(losses: torch.Tensor, samples: torch.Tensor, index: torch.Tensor) -> float:
+    return float((losses[index] * samples[index]).sum() / samples[index].sum())
+
+
+class _Watched:
+    """A stream that notes each batch's kind as the pipeline takes it (it trains them in this order), and the time it took to come."""
+
+    def __init__(self, batches: Iterator[Batch], *, segregated: bool) -> None:
+        self._batches = batches
+        self._segregated = segregated
+        self.kinds: deque[str] = deque()
+        self.loading_s = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        finally:
+            self.loading_s += time.perf_counter() - start
+        self.kinds.append("mixed" if not self._segregated else "hot" if is_hot_batch(batch) else "cold")
+        return batch

@@ -1,0 +1,84 @@
+"""The TorchX components as torchx sees them: parsed from the file, given command-line arguments, prepared for the local scheduler."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torchx.runner import get_runner
+from torchx.specs import AppDef
+from torchx.specs.finder import get_component
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "torchx_components" / "fae.py"
+
+
+def materialize(component: str, *arguments: str) -> AppDef:
+    with get_runner() as runner:
+        info = runner.dryrun_component(f"{FILE}:{component}", list(arguments), scheduler="local_cwd")
+    app: AppDef = info._app
+    return app
+
+
+def test_compare_runs_the_command_line_with_this_interpreter() -> None:
+    app = materialize(
+        "compare", "--config", "examples/configs/demo.yaml", "--output", "out", "--", "--ranks", "1", "2", "--set", "train.steps=3"
+    )
+    (role,) = app.roles
+    assert (role.entrypoint, role.num_replicas) == (sys.executable, 1)
+    assert role.args[:2] == ["-m", "fae_torchrec.cli"]
+    assert role.args[2:] == [
+        "compare", "--config", "examples/configs/demo.yaml", "--output", "out", "--ranks", "1", "2", "--set", "train.steps=3",
+    ]  # fmt: skip
+
+
+def test_output_is_left_to_the_config() -> None:
+    assert materialize("compare", "--config", "c.yaml").roles[0].args[2:] == ["compare", "--config", "c.yaml"]
+
+
+@pytest.mark.parametrize(("j", "nodes", "processes"), [("1x2", 1, 2), ("2x8", 2, 8)])
+def test_train_runs_under_torchrun(j: str, nodes: int, processes: int) -> None:
+    app = materialize("train", "--config", "a b.yaml", "--j", j, "--python", "/opt/my python", "--", "--set", "train.epochs=2")
+    (role,) = app.roles
+    assert (role.entrypoint, role.args[0], role.num_replicas) == ("bash", "-c", nodes)
+    words = shlex.split(role.args[1])
+    assert words[:3] == ["/opt/my python", "-m", "torch.distributed.run"]
+    assert words[words.index("--nnodes") + 1] == str(nodes)
+    assert words[words.index("--nproc_per_node") + 1] == str(processes)
+    assert words[words.index("fae_torchrec.cli") - 1 :] == [
+        "-m",
+        "fae_torchrec.cli",
+        "train",
+        "--config",
+        "a b.yaml",
+        "--set",
+        "train.epochs=2",
+    ]
+
+
+@pytest.mark.parametrize("component", ["compare", "train"])
+def test_docstrings_are_the_help(component: str) -> None:
+    found = get_component(f"{FILE}:{component}")
+    assert found.validation_errors == []
+    with pytest.raises(SystemExit), get_runner() as runner:
+        runner.dryrun_component(f"{FILE}:{component}", [], scheduler="local_cwd")  # --config has no default
+
+
+def test_command_line_of_a_checkout() -> None:
+    torchx = Path(sys.executable).with_name("torchx")
+    command = [
+        str(torchx),
+        "run",
+        "--dryrun",
+        "-s",
+        "local_cwd",
+        "torchx_components/fae.py:compare",
+        "--config",
+        "examples/configs/demo.yaml",
+    ]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert "fae_torchrec.cli" in shown.stdout and "examples/configs/demo.yaml" in shown.stdout
