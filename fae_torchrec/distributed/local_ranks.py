@@ -75,6 +75,8 @@ def _rank_main(
     rank: int, function: Callable[..., Any], world_size: int, folder: str, device_type: str, timeout_s: float | None, args: tuple[Any, ...]
 ) -> None:
     quiet_host()
+    # What torchrun would set; TorchRec asks for the local world size.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     if device_type == "cuda":
         torch.cuda.set_device(rank)
@@ -134,6 +136,7 @@ def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
 
 def quiet_host() -> None:
     """Silences what TorchRec and torch say about their own insides at every start; errors stay."""
+    logging.getLogger().setLevel(logging.ERROR)  # TorchRec's planner warns on the root logger
     for name in ("torchrec", "torch.fx", "torch.distributed", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("torch", "torchrec", "fbgemm_gpu", "torchmetrics"):

@@ -8,13 +8,20 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.sharding_plan import get_default_sharders
+from torchrec.distributed.types import ShardingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.distributed.planner import FAEShardingPlanner
 from fae_torchrec.distributed.sharder import get_fae_sharders
+from fae_torchrec.modules.model_tables import model_tables
+
+# The stock planner may choose what does the same arithmetic as the unsharded table. Not data parallel: TorchRec 1.8 then trains the table
+# with the dense optimizer instead of its fused one. Not column-wise: a row-wise optimizer then keeps a state per column shard.
+_SAME_ARITHMETIC = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]
 
 
 def shard_model(
@@ -24,7 +31,8 @@ def shard_model(
 
     Args:
         model: unsharded, with real weights.
-        placement: hot and cold rows, or None for TorchRec's own EmbeddingShardingPlanner.
+        placement: hot and cold rows, or None for TorchRec's own EmbeddingShardingPlanner (over the sharding types that keep the tables'
+            optimizer as it is; see `_SAME_ARITHMETIC`).
         batch_size: per rank.
         device: where to train.
         group: the ranks.
@@ -34,7 +42,9 @@ def shard_model(
     topology = Topology(world_size=group.size(), local_world_size=get_local_size(group.size()), compute_device=device.type)
     if placement is None:
         sharders = get_default_sharders()
-        plan = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size).collective_plan(model, sharders, group)
+        constraints = {name: ParameterConstraints(sharding_types=_SAME_ARITHMETIC) for name in model_tables(model).names}
+        planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
+        plan = planner.collective_plan(model, sharders, group)
     else:
         sharders = get_fae_sharders()
         plan = FAEShardingPlanner(placement, topology=topology, batch_size=batch_size).collective_plan(model, sharders, group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,20 +135,44 @@ def placement_of(case: Case) -> RowPlacement:
     return new_placement(model_tables(new_model(case)))
 
 
-def shard(model: nn.Module, placement: RowPlacement | None) -> DistributedModelParallel:
-    """Shards with the stock planner, or with ours where a placement is given."""
+def shard(case: Case, placement: RowPlacement | None, weights: dict[str, torch.Tensor] | None = None) -> DistributedModelParallel:
+    """A new model, sharded by the stock planner or by ours where a placement is given, with the same start weights every time."""
+    model = new_model(case)
+    group = dist.group.WORLD
+    weights = start_weights(case) if weights is None else weights
+    dense = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith("ebc.")}
     topology = Topology(world_size=dist.get_world_size(), local_world_size=dist.get_world_size(), compute_device="cpu")
-    pg = dist.group.WORLD
     if placement is None:
         sharders = get_default_sharders()
-        # Column-wise stock shards keep another row-wise optimizer state; table-wise is what hot/cold tables are compared with.
-        names = [config.name for module in model.modules() if isinstance(module, EmbeddingBagCollection) for config in module.embedding_bag_configs()]
-        constraints = {name: ParameterConstraints(sharding_types=["table_wise"]) for name in names}
-        plan = EmbeddingShardingPlanner(topology=topology, batch_size=16, constraints=constraints).collective_plan(model, sharders, pg)
+        constraints = {config.name: ParameterConstraints(sharding_types=["table_wise"]) for config in configs(case)}
+        planner = EmbeddingShardingPlanner(topology=topology, batch_size=16, constraints=constraints)
     else:
         sharders = get_fae_sharders()
-        plan = FAEShardingPlanner(placement, topology=topology, batch_size=16).collective_plan(model, sharders, pg)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16)
+    sharded = DistributedModelParallel(
+        model, device=torch.device("cpu"), plan=planner.collective_plan(model, sharders, group), sharders=sharders
+    )
+    sharded.load_state_dict({**dense, **weights})
+    return sharded
+
+
+def dense_optimizer(model: DistributedModelParallel) -> torch.optim.Optimizer:
+    """Plain SGD on what is not fused."""
+    return torch.optim.SGD([param for name, param in model.named_parameters() if "over" in name], lr=LEARNING_RATE)
+
+
+def train(model: DistributedModelParallel, batches: Iterable[Batch]) -> list[float]:
+    """Trains without a pipeline; returns the losses."""
+    optimizer = dense_optimizer(model)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        model.fused_optimizer.zero_grad()
+        loss, _ = model(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def whole_tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
