@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fae_torchrec.distributed.planner import FAEShardingPlanner
     from fae_torchrec.distributed.sharder import get_fae_sharders
     from fae_torchrec.modules.embedding_bag import FAEEmbeddingBagCollection
+    from fae_torchrec.modules.model_tables import model_tables
     from fae_torchrec.training.train_pipeline import FAETrainPipeline
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _HOMES = {
     "TableSet": "fae_torchrec.core.tables",
     "TableSpec": "fae_torchrec.core.tables",
     "get_fae_sharders": "fae_torchrec.distributed.sharder",
+    "model_tables": "fae_torchrec.modules.model_tables",
     "select_hot_set": "fae_torchrec.core.hot_set",
 }
 """Which module each public name comes from."""
@@ -64,6 +66,7 @@ __all__ = [
     "TableSpec",
     "__version__",
     "get_fae_sharders",
+    "model_tables",
     "select_hot_set",
 ]
 

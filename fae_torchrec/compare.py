@@ -105,6 +105,8 @@ def describe_profile(profile: PopularityProfile) -> dict[str, Any]:
         "num_samples": profile.num_samples,
         "total_samples": profile.total_samples,
         "sample_rate": profile.sample_rate,
+        "probe_samples": profile.probe.num_samples,
+        "probe_held_out": profile.probe.held_out,
         "skew": skew,
     }
 

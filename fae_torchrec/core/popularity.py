@@ -26,6 +26,8 @@ class ProbeSample:
         values: feature name -> int64 [ids of all samples], sample after sample.
         lengths: feature name -> int64 [num_samples], ids per sample; 0 is an empty bag.
         num_samples: samples kept, at least 1.
+        held_out: whether these inputs were left out of the counts. If not, what they say of hot inputs is too high: every row that they
+            access was seen by the count.
 
     Raises:
         DataError: no samples, or lengths that do not fit the samples or the values.
@@ -34,6 +36,7 @@ class ProbeSample:
     values: Mapping[str, np.ndarray]
     lengths: Mapping[str, np.ndarray]
     num_samples: int
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -55,7 +58,7 @@ class PopularityProfile:
     Attributes:
         tables: the tables.
         counts: table name -> int64 [rows], accesses of each row over all features of the table, in the sampled inputs.
-        probe: a uniform sample of the sampled inputs, whole.
+        probe: a uniform sample of the inputs, whole; of those not counted, where there are any.
         num_samples: inputs sampled and counted.
         total_samples: inputs seen, sampled or not.
         sample_rate: the chance of an input to be sampled, in (0, 1].
@@ -94,7 +97,7 @@ class PopularityProfile:
         return fingerprint(
             _KIND,
             self.tables.fingerprint,
-            [self.num_samples, self.total_samples, self.sample_rate, self.seed, self.source, features],
+            [self.num_samples, self.total_samples, self.sample_rate, self.seed, self.source, features, self.probe.held_out],
             *(self.counts[name] for name in self.tables.names),
             *(part[feature] for part in (self.probe.values, self.probe.lengths) for feature in features),
         )
@@ -126,7 +129,8 @@ class PopularityProfile:
             hot_ids: table name -> int64 [hot rows], strictly ascending, for every table.
 
         Returns:
-            0..1, of a uniform sample of inputs: its standard error is at most 0.5 / sqrt(probe.num_samples).
+            0..1, of a uniform sample of inputs: its standard error is at most 0.5 / sqrt(probe.num_samples). Without bias if the probe
+            was held out, else too high.
 
         Raises:
             DataError: the hot ids are not those of these tables.
@@ -159,6 +163,7 @@ class PopularityProfile:
             fields={
                 "tables": self.tables.to_json(),
                 "probe_samples": self.probe.num_samples,
+                "probe_held_out": self.probe.held_out,
                 "num_samples": self.num_samples,
                 "total_samples": self.total_samples,
                 "sample_rate": self.sample_rate,
@@ -183,7 +188,7 @@ class PopularityProfile:
             lambda fields, arrays: cls(
                 tables=TableSet.from_json(fields["tables"]),
                 counts=arrays["counts"],
-                probe=ProbeSample(arrays["probe_values"], arrays["probe_lengths"], fields["probe_samples"]),
+                probe=ProbeSample(arrays["probe_values"], arrays["probe_lengths"], fields["probe_samples"], fields["probe_held_out"]),
                 num_samples=fields["num_samples"],
                 total_samples=fields["total_samples"],
                 sample_rate=fields["sample_rate"],

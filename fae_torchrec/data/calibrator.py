@@ -24,9 +24,10 @@ Bags = dict[str, tuple[np.ndarray, np.ndarray]]
 class Calibrator:
     """FAE's Input Sampler and Embedding Logger (FAE §4.1): counts accesses on a small sample of the inputs.
 
-    Every input draws one uniform number in stream order. It is sampled if the number is below `sample_rate`, and it is in the probe
-    if its number is among the `probe_size` smallest: a uniform sample of the sampled inputs. So the profile is a function of the
-    seed and the order of the inputs, not of how they are cut into batches.
+    Every input draws one uniform number in stream order. It is counted if the number is below `sample_rate`; of the others, those with the
+    `probe_size` smallest numbers are kept whole as the probe. So hot inputs are estimated on inputs that the counts have not seen (rows
+    that only the counted inputs access would pass for popular otherwise), and the profile is a function of the seed and the order of
+    the inputs, not of how they are cut into batches. At a rate of 1 nothing is left out, and the probe is of counted inputs.
 
     Args:
         tables: the tables whose accesses are counted.
@@ -66,11 +67,12 @@ class Calibrator:
             The profile of the sampled inputs.
 
         Raises:
-            DataError: nothing was sampled, a feature is missing, or an id, sampled or not, is not a row of its table.
+            DataError: nothing was sampled, or everything was at a rate below 1, a feature is missing, or an id, sampled or not, is not a row of its table.
         """
         rng = np.random.default_rng(self.seed)
         histograms = {table.name: AccessHistogram(table.rows) for table in self.tables}
         probe = _Reservoir(self.probe_size)
+        held_out = self.sample_rate < 1
         num_samples = total_samples = 0
         with tqdm(total=total, desc="calibrate", unit="sample", unit_scale=True, disable=not progress) as bar:
             for batch in batches:
@@ -82,10 +84,12 @@ class Calibrator:
                 draws = rng.random(size)
                 sampled = draws < self.sample_rate
                 if sampled.any():
-                    bags = _sampled_bags(batch.sparse_features, self.tables, sampled)
+                    bags = _bags_of(batch.sparse_features, self.tables, sampled)
                     for table, feature in self.tables.lookups:
                         histograms[table].add(bags[feature][0])
-                    probe.add(draws[sampled], bags)
+                candidates = (sampled != held_out) & (draws < probe.limit)
+                if candidates.any():
+                    probe.add(draws[candidates], _bags_of(batch.sparse_features, self.tables, candidates))
                 num_samples += int(sampled.sum())
                 total_samples += size
                 bar.update(size)
@@ -93,10 +97,15 @@ class Calibrator:
             raise DataError(
                 f"none of {total_samples} inputs was sampled at sample_rate {self.sample_rate}; give more inputs or a higher rate"
             )
+        if num_samples == total_samples and held_out:
+            raise DataError(
+                f"all of {total_samples} inputs were sampled at sample_rate {self.sample_rate}, so none is left to estimate hot inputs "
+                "on; give more inputs, a lower rate, or 1 to count all and accept an estimate that is too high"
+            )
         return PopularityProfile(
             tables=self.tables,
             counts={name: histogram.counts for name, histogram in histograms.items()},
-            probe=probe.sample(),
+            probe=probe.sample(held_out),
             num_samples=num_samples,
             total_samples=total_samples,
             sample_rate=self.sample_rate,
@@ -110,28 +119,26 @@ class _Reservoir:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._limit = np.inf  # draws that are not below it cannot be among the smallest any more
+        self.limit = np.inf  # draws that are not below it cannot be among the smallest any more
         self._draws: list[np.ndarray] = []
         self._bags: list[Bags] = []
         self._held = 0
 
     def add(self, draws: np.ndarray, bags: Bags) -> None:
-        keep = draws < self._limit
-        if not keep.any():
-            return
-        self._draws.append(draws[keep])
-        self._bags.append(_all_kept(bags, keep))
-        self._held += int(keep.sum())
+        self._draws.append(draws)
+        self._bags.append(bags)
+        self._held += len(draws)
         if self._held >= 2 * self._size or len(self._draws) == _MAX_PIECES:
             self._shrink()
 
-    def sample(self) -> ProbeSample:
+    def sample(self, held_out: bool) -> ProbeSample:
         self._shrink()
         bags = self._bags[0]
         return ProbeSample(
             values={feature: values for feature, (values, _) in bags.items()},
             lengths={feature: lengths for feature, (_, lengths) in bags.items()},
             num_samples=self._held,
+            held_out=held_out,
         )
 
     def _shrink(self) -> None:
@@ -144,15 +151,15 @@ class _Reservoir:
         }
         self._draws, self._bags, self._held = [draws[keep]], [_all_kept(joined, keep)], int(keep.sum())
         if self._held == self._size:
-            self._limit = float(self._draws[0].max())
+            self.limit = float(self._draws[0].max())
 
 
-def _sampled_bags(kjt: KeyedJaggedTensor, tables: TableSet, sampled: np.ndarray) -> Bags:
-    """The sampled inputs of a batch, once per feature that some table looks up."""
+def _bags_of(kjt: KeyedJaggedTensor, tables: TableSet, chosen: np.ndarray) -> Bags:
+    """The chosen inputs of a batch, once per feature that some table looks up."""
     bags = {}
     for feature in dict.fromkeys(feature for _, feature in tables.lookups):
         bag = kjt[feature]
-        bags[feature] = _kept(bag.values().numpy().astype(np.int64), bag.lengths().numpy().astype(np.int64), sampled)
+        bags[feature] = _kept(bag.values().numpy().astype(np.int64), bag.lengths().numpy().astype(np.int64), chosen)
     return bags
 
 

@@ -89,9 +89,13 @@ _NOTES = {
     ),
     "Hot inputs and hot batches": (
         "A sample is hot if every one of its ids is hot; a batch is hot if every one of its samples is. In stock order almost no batch is "
-        "hot, which is why fae-unsegregated has hot rows but hardly a hot batch."
+        "hot, which is why fae-unsegregated has hot rows but hardly a hot batch. The table counts them while training; the figures marked "
+        "profile are the estimate before it."
     ),
 }
+
+
+_IN_SAMPLE = "Estimated on the inputs that were counted, so too high where hot rows were seen once or twice; the table has what was trained."
 
 
 class Cell(NamedTuple):
@@ -159,8 +163,8 @@ def _tiles(data: Mapping[str, Any], placement: Mapping[str, Any]) -> str:
         ("all tables", data.get("bytes"), bytes_text),
         ("hot tier, per rank", placement.get("used_bytes"), bytes_text),
         ("hot rows", placement.get("hot_rows"), count_text),
-        ("accesses that are hot", placement.get("coverage"), share),
-        ("hot inputs", placement.get("hot_inputs"), share),
+        ("hot accesses, profile", placement.get("coverage"), share),
+        ("hot inputs, profile", placement.get("hot_inputs"), share),
     )
     tiles = "".join(f"<div><dt>{name}</dt><dd>{escape(write(value))}</dd></div>" for name, value, write in wanted if value is not None)
     return f"<dl class='tiles'>{tiles}</dl>" if tiles else ""

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 Report = Mapping[str, Any]
 
@@ -127,8 +127,7 @@ def _skew(axis: Axes, skew: Sequence[Mapping[str, Any]]) -> None:
     for table, colour in zip(skew, _SERIES, strict=False):
         points = [(row, access) for row, access in zip(table["row_share"], table["access_share"], strict=True) if row > 0]
         axis.plot(*zip(*points, strict=True), color=colour, label=f"{table['table']} ({_count(table['rows'])} rows)")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(_percent))
+    _log_shares(axis, [row for table in skew for row in table["row_share"] if row > 0])
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("most popular rows, share of the table's rows")
@@ -148,12 +147,19 @@ def _budget(axis: Axes, curve: Sequence[Mapping[str, Any]], placement: Mapping[s
         if hot_inputs is not None:
             axis.plot([share], [hot_inputs], color=_INK, marker="o", markersize=6, linestyle="none")
             axis.annotate(f"{hot_inputs:.1%} hot inputs", (share, hot_inputs), xytext=(8, -14), textcoords="offset points")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(_percent))
+    _log_shares(axis, shares)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("fast memory, share of all tables' bytes")
     axis.legend(loc="best", fontsize=8.5)
+
+
+def _log_shares(axis: Axes, shares: Sequence[float]) -> None:
+    """A logarithmic axis of percentages, with 2 and 5 between the powers of ten where there is room."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(shares) < 100 * min(shares) else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _bars(axis: Axes, runs: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
@@ -198,7 +204,8 @@ def _breakdown(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]]) -> N
 def _losses(axis: Axes, runs: Iterable[Mapping[str, Any]], title: str) -> None:
     for run in runs:
         samples, losses = zip(*run["loss_curve"], strict=True)
-        axis.plot(samples, losses, color=_colour(run), label=run["placement"], linewidth=1.4)
+        under = run["placement"] == "stock"  # wide and pale, so that a run that equals it does not hide it
+        axis.plot(samples, losses, color=_colour(run), label=run["placement"], linewidth=4 if under else 1.3, alpha=0.5 if under else 1)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axis.set_xlabel("samples")
     axis.set_title(title)

@@ -70,8 +70,8 @@ def test_the_profile_is_that_of_a_loop_over_samples() -> None:
     assert (profile.num_samples, profile.total_samples) == (len(sampled), 400)
     assert (profile.sample_rate, profile.seed, profile.source, profile.tables) == (0.3, 5, "loop", TABLES)
 
-    kept = sorted(sorted(range(400), key=lambda n: draws[n])[:25])
-    assert profile.probe.num_samples == 25 and set(profile.probe.values) == {"x", "y"}
+    kept = sorted(sorted(set(range(400)) - set(sampled), key=lambda n: draws[n])[:25])
+    assert profile.probe.held_out and profile.probe.num_samples == 25 and set(profile.probe.values) == {"x", "y"}
     for feature in "xy":
         assert profile.probe.lengths[feature].tolist() == [len(samples[n][feature]) for n in kept]
         assert profile.probe.values[feature].tolist() == [i for n in kept for i in samples[n][feature]]
@@ -99,6 +99,7 @@ def test_a_rate_of_one_counts_everything() -> None:
     samples = _samples(50)
     profile = Calibrator(TABLES, sample_rate=1).run(_cut(samples, 7))
     assert profile.num_samples == profile.total_samples == profile.probe.num_samples == 50
+    assert not profile.probe.held_out, "nothing is left out"
     assert profile.total_accesses == sum(len(s["x"]) * 2 + len(s["y"]) for s in samples)
 
 
@@ -113,6 +114,19 @@ def test_the_sampled_share_and_the_probe_are_fair() -> None:
     in_tenths = np.bincount(profile.probe.values["x"], minlength=10)
     assert in_tenths.sum() == size
     assert np.all(np.abs(in_tenths - size / 10) < 4 * np.sqrt(size * 0.1 * 0.9))
+
+
+@pytest.mark.parametrize(("rate", "hot_inputs"), [(0.5, 0.0), (1, 1.0)])
+def test_hot_inputs_are_estimated_on_inputs_that_were_not_counted(rate: float, hot_inputs: float) -> None:
+    """Every input has an id of its own: its row is hot once it was counted, which says nothing of the next input."""
+    tables = TableSet((TableSpec("t", 1000, 4, ("x",)),))
+    profile = Calibrator(tables, sample_rate=rate).run([_batch([{"x": [n]} for n in range(1000)], ("x",))])
+    assert profile.hot_inputs({"t": profile.counts["t"].nonzero()[0]}) == hot_inputs
+
+
+def test_nothing_left_out_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"all of 3 inputs were sampled at sample_rate 0\.999999.*none is left to estimate hot inputs"):
+        Calibrator(TABLES, sample_rate=0.999999).run([_batch(_samples(3))])
 
 
 def test_nothing_sampled_is_an_error() -> None:

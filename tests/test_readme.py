@@ -1,0 +1,41 @@
+"""The README tells the truth: its code runs, and its commands are run by .ci/run or a test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
+
+
+def test_quickstart_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_WORLD_SIZE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    hot, other = map(int, re.search(r"(\d+) hot and (\d+) other steps", done.stdout).groups())
+    assert hot > other > 0, done.stdout
+    assert hot + other >= 65_536 // 1024
+
+
+def test_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_run_by_ci(command: str) -> None:
+    if command == "make test":
+        return  # this very suite
+    assert command in (ROOT / ".ci" / "run").read_text(), "add the line to .ci/run as it stands in the README"
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
