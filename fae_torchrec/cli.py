@@ -102,36 +102,36 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
 def _prepare(arguments: argparse.Namespace, config: Any) -> int:
     """`fae profile` and `fae place`."""
     from fae_torchrec.compare import describe_placement, describe_profile
-    from fae_torchrec.experiment import experiment_tables, make_hot_set, make_placement, make_profile, open_data
+    from fae_torchrec.experiment import experiment_tables, make_hot_set, make_placement, make_profile, open_data, save_profile
     from fae_torchrec.training.report_table import bytes_text, percent_text
 
     data = open_data(config)
     tables = experiment_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=not arguments.quiet)
     if arguments.command == "profile":
-        path = Path(config.output, "profile.npz")
-        profile.save(path)
+        path = save_profile(config, profile)
         top = [(name, profile.counts[name]) for name in tables.names]
         lines = [
             f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
             "the tables' most accessed 1 % of rows take this share of their accesses:",
             *(f"  {name:<24} {len(counts):>12,} rows  {percent_text(_top_share(counts)):>7}" for name, counts in top),
         ]
-        _print(arguments, lines, {**describe_profile(profile), "path": str(path)})
+        _print(arguments, lines, json.dumps({**describe_profile(profile), "path": str(path)}, indent=1))
         return 0
     hot_set = make_hot_set(config, profile) if config.placement.path is None else None
     placement, path = make_placement(config, tables, hot_set)
     described = describe_placement(config, profile, hot_set, placement)
     lines = [
         f"{path}: placement {placement.fingerprint}",
-        f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot (budget {bytes_text(placement.budget_bytes)} a rank)",
+        f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot, "
+        f"the budget is {bytes_text(placement.budget_bytes)} a rank",
         f"hot inputs {percent_text(placement.hot_inputs)} of samples, coverage {percent_text(placement.coverage)} of accesses",
         *(
             f"  {row['table']:<24} {row['kind']:<6} {row['hot_rows']:>12,} of {row['rows']:>12,} rows  {bytes_text(row['bytes_hot']):>10}"
             for row in described["per_table"]
         ),
     ]
-    _print(arguments, lines, {**described, "path": str(path)})
+    _print(arguments, lines, json.dumps({**described, "path": str(path)}, indent=1))
     return 0
 
 
@@ -148,17 +148,18 @@ def _train(arguments: argparse.Namespace, config: Any) -> int:
     device = config.train.device
     with launched_group(device) as group:
         if group is None:
-            job = (config, arguments.placement, prepare(config, show_progress=show), show)
+            placement = prepare(config, arguments.placement, arguments.ranks, show_progress=show)
+            job = (config, arguments.placement, placement, show)
             result = run_on_local_ranks(run_placement, arguments.ranks, *job, device_type=device)[0]
         else:  # torchrun: every rank runs this command
-            placement = from_first_rank(partial(prepare, config, show_progress=show), group)
+            placement = from_first_rank(partial(prepare, config, arguments.placement, group.size(), show_progress=show), group)
             result = run_placement(group.rank(), config, arguments.placement, placement, show)
             if group.rank():
                 return 0
     path = write_json(result, Path(config.output, "train.json"))
     scores = f"test AUC {result['test_auc']:.4f}, logloss {result['test_logloss']:.4f}"
     line = f"{result['placement']} on {result['ranks']} rank(s): {result['samples_per_s']:,.0f} samples/s, {scores}"
-    _print(arguments, [line, str(path)], result)
+    _print(arguments, [line, str(path)], path.read_text(encoding="utf-8"))
     return 0
 
 
@@ -176,12 +177,12 @@ def _compare(arguments: argparse.Namespace, config: Any, command: list[str]) -> 
         raise ConfigError("fae compare starts its own ranks; received a torchrun environment of several; start it as one process")
     report = compare(config, command, show_progress=not arguments.quiet)
     paths = write_report(report, config.output)
-    _print(arguments, [text_table(report), "", *(str(path) for path in paths)], report)
+    _print(arguments, [text_table(report), "", *(str(path) for path in paths)], paths[0].read_text(encoding="utf-8"))
     return 0
 
 
-def _print(arguments: argparse.Namespace, lines: Sequence[str], values: Any) -> None:
-    print(json.dumps(values, indent=2) if arguments.json else "\n".join(lines))
+def _print(arguments: argparse.Namespace, lines: Sequence[str], as_json: str) -> None:
+    print(as_json.rstrip() if arguments.json else "\n".join(lines))
 
 
 def _top_share(counts: Any) -> float:

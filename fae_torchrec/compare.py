@@ -17,6 +17,7 @@ from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.doctor import Environment, collect
 from fae_torchrec.experiment import (
     ExperimentData,
+    check_run,
     experiment_tables,
     make_hot_set,
     make_placement,
@@ -47,6 +48,7 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
     profile = make_profile(config, data, tables, show_progress=show_progress)
     hot_set = make_hot_set(config, profile) if config.placement.path is None else None
     placement, _ = make_placement(config, tables, hot_set)
+    check_run(config, data, placement, config.compare.placements, max(config.compare.ranks))
     report: dict[str, Any] = {
         "schema": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -115,7 +117,8 @@ def describe_placement(config: RunConfig, profile: PopularityProfile, hot_set: H
     """The placement as the report has it, with hot inputs over budgets from the pinned tables' bytes to all."""
     tables = placement.tables
     pinned = config.placement.pinned_max_rows
-    least, most = max(sum(table.total_bytes for table in pinned_tables(tables, pinned)), tables.total_bytes // 10_000, 1), tables.total_bytes
+    most = tables.total_bytes
+    least = max(sum(table.total_bytes for table in pinned_tables(tables, pinned)), most // 10_000, 1)
     budgets = sorted({int(least * (most / least) ** (i / (_CURVE_POINTS - 1))) for i in range(_CURVE_POINTS)} | {most})
     return {
         "fingerprint": placement.fingerprint,

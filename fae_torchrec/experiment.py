@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.planner import Topology
 
 from fae_torchrec.config import RunConfig
-from fae_torchrec.core.errors import ConfigError, FAEError
+from fae_torchrec.core.errors import ConfigError, DataError, FAEError
 from fae_torchrec.core.hot_set import HotSet, select_hot_set
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
@@ -23,11 +27,15 @@ from fae_torchrec.data.batches import BatchSource
 from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.parquet import ParquetSource
+from fae_torchrec.data.segregate import check_ids
 from fae_torchrec.data.synthetic import SyntheticCriteo
+from fae_torchrec.distributed.planner import FAEShardingPlanner
 from fae_torchrec.distributed.process_group import gather_counts
+from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import KindAudit, audit
 from fae_torchrec.training.dlrm import build_dlrm
+from fae_torchrec.training.metrics import check_labels
 from fae_torchrec.training.shard import build_optimizer, shard_model
 from fae_torchrec.training.trainer import Trainer, TrainOptions, TrainResult
 
@@ -59,18 +67,20 @@ def open_data(config: RunConfig) -> ExperimentData:
     """
     parquet, synthetic = config.data.parquet, config.data.synthetic
     if synthetic is not None:
-        given = {"scale": synthetic.scale, "seed": synthetic.seed}
-        train = SyntheticCriteo(synthetic.dataset, num_samples=synthetic.train_samples, split="train", **given)
-        test = SyntheticCriteo(synthetic.dataset, num_samples=synthetic.test_samples, split="test", **given)
+        criteo = partial(SyntheticCriteo, synthetic.dataset, scale=synthetic.scale, seed=synthetic.seed)
+        train, test = criteo(num_samples=synthetic.train_samples), criteo(num_samples=synthetic.test_samples, split="test")
         name = f"synthetic {synthetic.dataset} x {synthetic.scale:g}, seed {synthetic.seed}, {synthetic.train_samples} samples"
         return ExperimentData(name, train, test, train.cardinalities)
     assert parquet is not None  # DataConfig has exactly one source
     if not parquet.dense:
         raise ConfigError("data.parquet.dense: received no columns; the dlrm model needs at least one dense column")
     rows = {feature: parquet.cardinalities[feature] for feature in parquet.sparse}
-    columns = {"dense": parquet.dense, "sparse": parquet.sparse, "label": parquet.label, "tables_rows": rows}
-    sources = [ParquetSource(path, **columns) for path in (parquet.train, parquet.test)]
-    return ExperimentData(f"parquet {os.path.abspath(parquet.train)}", sources[0], sources[1], rows)
+    open_file = partial(ParquetSource, dense=parquet.dense, sparse=parquet.sparse, label=parquet.label, tables_rows=rows)
+    sources = [open_file(path) for path in (parquet.train, parquet.test)]
+    # With its time of writing: a profile of a file that was replaced since is not of these data.
+    written = datetime.fromtimestamp(os.stat(parquet.train).st_mtime, timezone.utc).isoformat()
+    name = f"parquet {os.path.abspath(parquet.train)}, {sources[0].num_samples} samples, written {written}"
+    return ExperimentData(name, sources[0], sources[1], rows)
 
 
 def experiment_tables(config: RunConfig, data: ExperimentData) -> TableSet:
@@ -99,9 +109,19 @@ def make_profile(config: RunConfig, data: ExperimentData, tables: TableSet, *, s
     calibrator = Calibrator(tables, sample_rate=config.profile.sample_rate, seed=config.profile.seed)
     batches = data.train.batches(_PROFILE_BATCH)
     profile = calibrator.run(batches, source=data.name, progress=show_progress, total=data.train.num_samples)
-    _folder(config)
-    profile.save(kept)
+    save_profile(config, profile)
     return profile
+
+
+def save_profile(config: RunConfig, profile: PopularityProfile) -> Path:
+    """Writes the profile to the output folder; returns its path.
+
+    Raises:
+        ConfigError: the folder cannot be made or written to.
+    """
+    path = _folder(config) / "profile.npz"
+    profile.save(path)
+    return path
 
 
 def make_hot_set(config: RunConfig, profile: PopularityProfile) -> HotSet:
@@ -131,16 +151,58 @@ def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) 
     return placement, path
 
 
-def prepare(config: RunConfig, *, show_progress: bool = False) -> RowPlacement:
-    """Everything that comes before training: opens the data, measures popularity and places the rows.
+def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, names: Iterable[str], ranks: int) -> None:
+    """Finds before any training what would end it later: too few devices or samples, a plan that cannot be, wrong test data.
+
+    Args:
+        config: the experiment.
+        data: its samples; the test data are read once.
+        placement: the rows' tiers.
+        names: the placements that will be trained; "stock" is planned by TorchRec alone and not looked at.
+        ranks: the largest number of ranks.
+
+    Raises:
+        ConfigError: there is no such device, or fewer than ranks.
+        DataError: fewer samples than ranks, an id out of range or a label that is not 0 or 1 in the test data.
+        PlannerError: a table cannot be placed so.
+    """
+    device, local_ranks = config.train.device, get_local_size(ranks)
+    if device == "cuda" and torch.cuda.device_count() < local_ranks:
+        raise ConfigError(
+            f"train.device: received cuda for {local_ranks} rank(s) on this machine, which has {torch.cuda.device_count()} CUDA device(s); "
+            "take fewer ranks or cpu"
+        )
+    for split, source in (("train", data.train), ("test", data.test)):
+        if source.num_samples < ranks:
+            raise DataError(f"the {split} data hold {source.num_samples} sample(s), {ranks} ranks need at least one each; take fewer ranks")
+    if any(name != "stock" for name in names):
+        topology = Topology(world_size=ranks, local_world_size=local_ranks, compute_device=device)
+        planner = FAEShardingPlanner(placement, topology=topology, batch_size=config.train.batch_size)
+        planner.plan(_model(config, data, torch.device("meta")), get_fae_sharders())
+    for batch in data.test.batches(_PROFILE_BATCH):
+        check_ids(batch.sparse_features, placement.tables)
+        check_labels(batch.labels)
+
+
+def prepare(config: RunConfig, name: str, ranks: int, *, show_progress: bool = False) -> RowPlacement:
+    """Everything that comes before training one placement: opens the data, measures popularity, places the rows, checks the run.
+
+    Args:
+        config: the experiment.
+        name: the placement that will be trained: "stock", "fae" or "fae-unsegregated".
+        ranks: number of ranks.
+        show_progress: a progress bar while popularity is measured.
 
     Raises:
         FAEError: bad input.
+        PlannerError: a table cannot be placed so.
     """
     data = open_data(config)
     tables = experiment_tables(config, data)
     hot_set = None if config.placement.path else make_hot_set(config, make_profile(config, data, tables, show_progress=show_progress))
-    return make_placement(config, tables, hot_set)[0]
+    placement, _ = make_placement(config, tables, hot_set)
+    check_run(config, data, placement, [name], ranks)
+    return placement
 
 
 def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlacement, show_progress: bool) -> dict[str, Any]:
@@ -158,7 +220,8 @@ def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlaceme
     """
     group = dist.group.WORLD
     assert group is not None
-    device = torch.device("cuda", rank) if config.train.device == "cuda" else torch.device("cpu")
+    # The launcher chose this process's device: on several hosts it is not the rank's number.
+    device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
     data = open_data(config)
     tables = experiment_tables(config, data)
     hot_rows = None if name == "stock" else placement
@@ -177,15 +240,13 @@ def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlaceme
         )
 
     options = TrainOptions(
-        batch_size=config.train.batch_size,
         epochs=config.train.epochs,
         steps=config.train.steps,
         eval_batch_size=config.train.eval_batch_size,
         swap_eval_batches=config.train.swap_eval_batches,
     )
     result = Trainer(model, optimizer, loader(None), data.test, options, device, group, show_progress=show_progress).run()
-    audited = loader(config.compare.count_batches)
-    kinds = audit(model, optimizer, audited, tables, hot_rows, device, group, segregated=schedule.segregates)
+    kinds = audit(model, optimizer, loader(config.compare.count_batches), tables, hot_rows, device, group)
     return _report_entry(name, group.size(), hot_rows, result, kinds)
 
 
@@ -193,15 +254,13 @@ def _report_entry(
     name: str, ranks: int, placement: RowPlacement | None, result: TrainResult, kinds: Mapping[str, KindAudit]
 ) -> dict[str, Any]:
     samples = sum(result.samples_by_kind.values())
-    audited = sum(kind.samples for kind in kinds.values())
 
     def per_sample(quantity: str) -> float:
         """The audit's quantity per sample, kinds weighted as the run had them."""
         total = 0.0
         for kind, count in result.samples_by_kind.items():
-            of_kind = kinds.get(kind)
-            everything = sum(getattr(each, quantity) for each in kinds.values())
-            total += count * (getattr(of_kind, quantity) / of_kind.samples if of_kind is not None else everything / audited)
+            alike = _audits_of(kind, kinds)
+            total += count * sum(getattr(each, quantity) for each in alike) / sum(each.samples for each in alike)
         return total / samples
 
     return {
@@ -234,6 +293,12 @@ def _report_entry(
     }
 
 
+def _audits_of(kind: str, kinds: Mapping[str, KindAudit]) -> list[KindAudit]:
+    """The kind's audit; where the audited batches had none of it, that of the other kind that uses both tiers; else all."""
+    other = {"cold": "mixed", "mixed": "cold"}.get(kind, kind)
+    return next(([kinds[name]] for name in (kind, other) if name in kinds), list(kinds.values()))
+
+
 def _model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any:
     return build_dlrm(
         data.rows,
@@ -250,5 +315,8 @@ def _model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any
 
 def _folder(config: RunConfig) -> Path:
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: cannot make the folder {folder} ({error}); give one that can be written to") from error
     return folder

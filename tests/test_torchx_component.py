@@ -24,14 +24,15 @@ def materialize(component: str, *arguments: str) -> AppDef:
 
 
 def test_compare_runs_the_command_line_with_this_interpreter() -> None:
-    app = materialize(
-        "compare", "--config", "examples/configs/demo.yaml", "--output", "out", "--", "--ranks", "1", "2", "--set", "train.steps=3"
-    )
+    overrides = "train.steps=3,compare.placements=[stock, fae],train.epochs=2"
+    more = ["--ranks", "1", "2"]
+    app = materialize("compare", "--config", "examples/configs/demo.yaml", "--output", "out", "--overrides", overrides, "--", *more)
     (role,) = app.roles
     assert (role.entrypoint, role.num_replicas) == (sys.executable, 1)
     assert role.args[:2] == ["-m", "fae_torchrec.cli"]
     assert role.args[2:] == [
-        "compare", "--config", "examples/configs/demo.yaml", "--output", "out", "--ranks", "1", "2", "--set", "train.steps=3",
+        "compare", "--config", "examples/configs/demo.yaml", "--output", "out",
+        "--set", "train.steps=3", "--set", "compare.placements=[stock, fae]", "--set", "train.epochs=2", *more,
     ]  # fmt: skip
 
 

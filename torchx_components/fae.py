@@ -5,6 +5,7 @@ Torchx executes this file on its own and reads the signatures, so it imports not
 
 import shlex
 import sys
+from typing import Dict, Optional  # noqa: UP035
 
 import torchx.specs as specs
 from torchx.components.dist import ddp
@@ -16,6 +17,7 @@ def compare(
     *args: str,
     config: str,
     output: str = "",
+    overrides: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
     image: str = "",
     python: str = sys.executable,
     cpu: int = 2,
@@ -28,9 +30,10 @@ def compare(
     One role with one replica, which starts the ranks of every comparison itself.
 
     Args:
-        args: more arguments of `fae compare`, after `--`, such as `-- --ranks 1 2 --set train.steps=20`
+        args: more arguments of `fae compare`, after `--`, such as `-- --ranks 1 2`
         config: the run's description, a YAML or JSON file
         output: folder of the report (default: what the config says)
+        overrides: config keys to override, such as train.steps=20,compare.placements=[stock, fae]
         image: image to run in; for local_cwd the current folder, whatever this says
         python: interpreter inside the image (default: the one that runs torchx)
         cpu: CPU cores
@@ -42,7 +45,7 @@ def compare(
         name="compare",
         image=image,
         entrypoint=python,
-        args=["-m", _CLI, *_cli_arguments("compare", config, output, args)],
+        args=["-m", _CLI, *_cli_arguments("compare", config, output, overrides, args)],
         env={"PYTHONUNBUFFERED": "1"},
         resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h or None),
     )
@@ -53,6 +56,7 @@ def train(
     *args: str,
     config: str,
     output: str = "",
+    overrides: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
     j: str = "1x2",
     image: str = "",
     python: str = sys.executable,
@@ -64,9 +68,10 @@ def train(
     """Trains with hot/cold embeddings on `j` processes, started by torchrun.
 
     Args:
-        args: more arguments of `fae train`, after `--`, such as `-- --set train.epochs=2`
+        args: more arguments of `fae train`, after `--`, such as `-- --placement fae`
         config: the run's description, a YAML or JSON file
         output: folder of the report (default: what the config says)
+        overrides: config keys to override, such as train.steps=20,compare.placements=[stock, fae]
         j: nodes x processes on each node; with GPUs, at most as many processes as GPUs
         image: image to run in; for local_cwd the current folder, whatever this says
         python: interpreter inside the image (default: the one that runs torchx)
@@ -75,7 +80,7 @@ def train(
         memMB: memory of each node in MB
         h: a named resource instead of cpu, gpu and memMB
     """
-    script_args = _cli_arguments("train", config, output, args)
+    script_args = _cli_arguments("train", config, output, overrides, args)
     app = ddp(*script_args, m=_CLI, image=image, name="fae-train", cpu=cpu, gpu=gpu, memMB=memMB, h=h or None, j=j)
     for role in app.roles:
         # torchx 0.7 calls `torchrun`, which is on the PATH only where the environment is activated.
@@ -88,5 +93,13 @@ def train(
     return app
 
 
-def _cli_arguments(command: str, config: str, output: str, more: tuple[str, ...]) -> list[str]:
-    return [command, "--config", config, *(["--output", output] if output else []), *more]
+def _cli_arguments(
+    command: str,
+    config: str,
+    output: str,
+    overrides: Optional[Dict[str, str]],  # noqa: UP006, UP045
+    more: tuple[str, ...],
+) -> list[str]:
+    # torchx refuses an option that comes twice, so several `--set` cannot come in as `more`.
+    sets = [word for key, value in (overrides or {}).items() for word in ("--set", f"{key}={value}")]
+    return [command, "--config", config, *(["--output", output] if output else []), *sets, *more]

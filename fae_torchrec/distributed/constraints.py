@@ -35,7 +35,7 @@ DEFAULT_COLD_TIER: Mapping[str, str] = {"cpu": "host", "cuda": "uvm_caching"}
 def cold_constraints(
     placement: RowPlacement, device_type: str, cold_tier: str = "auto", given: Mapping[str, ParameterConstraints] | None = None
 ) -> dict[str, ParameterConstraints]:
-    """Constraints under which the stock planner plans the cold tier.
+    """Constraints under which the stock planner plans the cold tier; a placement without any hot row adds none.
 
     Args:
         placement: where the rows live.
@@ -50,10 +50,13 @@ def cold_constraints(
     if (tier, device_type) not in COLD_TIERS:
         allowed = [f"{name} on {device}" for name, device in COLD_TIERS]
         raise PlannerError(
-            f"there is no cold tier {cold_tier!r} on device {device_type!r}; choose one of {allowed} or 'auto'", PlannerErrorType.INPUT_VALIDATION
+            f"there is no cold tier {cold_tier!r} on device {device_type!r}; choose one of {allowed} or 'auto'",
+            PlannerErrorType.INPUT_VALIDATION,
         )
     options = COLD_TIERS[tier, device_type]
     constraints = dict(given or {})
+    if not any(placement.hot_rows(table.name) for table in placement.tables):
+        return constraints  # nothing is hot: the plan is the stock one
     for table in placement.tables:
         if placement.kind(table.name) is TableKind.HOT:
             continue

@@ -37,12 +37,20 @@ class HotTierOptimizer(FusedOptimizer):
         self._inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._inner.step()
 
+    def set_optimizer_step(self, step: int) -> None:
+        """Hands the step count to the kernel, as TorchRec's EmbeddingFusedOptimizer does."""
+        self._inner.set_optimizer_step(step)
+
+    def update_hyper_parameters(self, params_dict: dict[str, Any]) -> None:
+        """Hands hyperparameters to the kernel, as TorchRec's EmbeddingFusedOptimizer does."""
+        self._inner.update_hyper_parameters(params_dict)
+
 
 class HotColdFusedOptimizer(CombinedOptimizer):
     """Both tiers' fused optimizers as one whose state is the stock state.
 
-    Reading the state writes hot rows back to their homes first; loading it promotes them again afterwards (a collective, as loading
-    is done by all ranks).
+    Reading the state writes changed hot rows back to their homes first; loading it promotes them again afterwards (a collective, as
+    loading is done by all ranks).
 
     Args:
         hot: one optimizer per kernel of the hot tier.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,22 +68,34 @@ class Homes:
     def __init__(
         self, hot: Iterable[nn.Module], cold: Iterable[nn.Module], hot_ids: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None
     ) -> None:
-        self._hot = list(hot)
-        self._cold = list(cold)
+        self._hot: list[Any] = list(hot)
+        self._cold: list[Any] = list(cold)
         self._hot_ids = hot_ids
         self._group = group
+        self._current = True
+
+    def hot_rows_change(self) -> None:
+        """Tells that the hot rows are about to be updated, so that their homes will be behind."""
+        self._current = False
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Writes every hot row to its home. No collective: a rank writes the homes that lie with it."""
-        hot = {table.table: table.tensors() for table in local_tables(self._hot)}
+        """Writes every hot row to its home. No collective: a rank writes the homes that lie with it.
+
+        Does nothing where no hot row has changed since homes and hot rows were last the same: the homes may since have been loaded in
+        place (torch.distributed.checkpoint loads into the tensors that `state_dict` gave), and must not be overwritten.
+        """
         self._settle()
+        if self._current:
+            return
+        hot = {table.table: table.tensors() for table in local_tables(self._hot)}
         for shard in local_tables(self._cold):
             if shard.table not in self._hot_ids:
                 continue
             slots, rows = self._rows_here(shard)
             for name, home in shard.tensors().items():
                 home[rows] = _columns(hot[shard.table][name], shard, home)[slots].to(home.device)
+        self._current = True
 
     @torch.no_grad()
     def promote(self) -> None:
@@ -102,6 +115,7 @@ class Homes:
                     _columns(rows_of_all, shard, home)[slots] = home[rows].to(hot.device)
                 sum_of_disjoint(rows_of_all, self._group)
                 hot.copy_(rows_of_all)
+        self._current = True
 
     def _rows_here(self, shard: LocalTable) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots whose home lies in this shard, and the local row of each."""

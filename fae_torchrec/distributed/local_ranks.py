@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 _POLL_S = 1.0
 
@@ -41,10 +41,10 @@ def run_on_local_ranks(
         TimeoutError: the ranks took longer.
         Exception: what the first failing rank raised, with that rank's traceback as a note in `__cause__`; the other ranks are killed.
     """
-    # Idle OpenMP threads that spin take the cores from each other where ranks (or anything else) share them; measured: up to 20 times slower.
+    # Idle OpenMP threads that spin take the cores from each other where ranks (or anything else) share them: up to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(
+        context = start_processes(  # type: ignore[no-untyped-call]
             _rank_main, (function, world_size, folder, device_type, timeout_s, args), world_size, join=False, start_method="spawn"
         )
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -52,11 +52,12 @@ def run_on_local_ranks(
             while not context.join(_POLL_S):  # false while any rank still runs; raises as soon as one has failed
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(f"{function.__name__} did not end within {timeout_s} s on {world_size} ranks; the ranks were killed")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as failure:
+        except (ProcessRaisedException, ProcessExitedException) as failure:
             raise _own_error(folder, failure) from failure
         finally:
             for process in context.processes:
                 process.kill()
+                process.join()  # it is gone, and writes no more, when the folder is removed
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]
 
 
@@ -123,14 +124,19 @@ def launched_group(device_type: str) -> Iterator[dist.ProcessGroup | None]:
 
 
 def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """What `make` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    """What `make` returns on the group's rank 0, on every rank; what it raises there is raised on every rank. Collective.
+
+    Args:
+        make: called on rank 0 alone; what it returns or raises is pickled.
+        group: the ranks.
+    """
     outcome: list[Any] = [None, None]
     if group.rank() == 0:
         try:
             outcome[0] = make()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -1,4 +1,4 @@
-"""FAEShardingPlanner: a TorchRec ShardingPlanner that puts popular rows into a replicated hot tier and leaves the rest to stock planning."""
+"""FAEShardingPlanner: a TorchRec ShardingPlanner that puts popular rows into a replicated hot tier; stock planning does the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -22,6 +21,7 @@ from fae_torchrec.core.errors import FingerprintError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer, TableKind, TableSet
 from fae_torchrec.distributed.constraints import cold_constraints
+from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.sharded_embedding_bag import FAEModuleShardingPlan
 from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
@@ -33,8 +33,9 @@ _SUPPORTED = {Optimizer.SGD, Optimizer.ADAGRAD, Optimizer.ROWWISE_ADAGRAD}
 class FAEShardingPlanner(ShardingPlanner):
     """Plans the hot tier by the placement and the cold tier by TorchRec's own EmbeddingShardingPlanner.
 
-    Every EmbeddingBagCollection with a hot row gets the hot/cold module; all other modules get the stock plan. The hot tier's bytes are
-    taken from every rank's storage before the stock planner sees it.
+    Every EmbeddingBagCollection with a hot row gets the hot/cold module; one without gets the stock module, its tables planned as cold
+    ones; all other modules get the stock plan. A placement without any hot row gives the stock plan. The hot tier's bytes are taken from
+    every rank's storage before the stock planner sees it.
 
     Args:
         placement: where the rows of the model's tables live; the same on every rank.
@@ -95,7 +96,7 @@ class FAEShardingPlanner(ShardingPlanner):
 
         Raises:
             FingerprintError: as `plan`, or the ranks hold different placements; on every rank alike.
-            PlannerError: as `plan`.
+            PlannerError: as `plan`; on every rank alike.
         """
         sharders = get_fae_sharders() if sharders is None else sharders
         pg = pg or dist.group.WORLD
@@ -104,9 +105,9 @@ class FAEShardingPlanner(ShardingPlanner):
                 "collective_plan needs a process group and none is initialized; call torch.distributed.init_process_group, or use plan()",
                 PlannerErrorType.INPUT_VALIDATION,
             )
+        self._check_same_placement(pg)  # first: with the same placement, the ranks fail or pass alike
         self._check(module, sharders)
-        self._check_same_placement(pg)
-        stock = invoke_on_rank_and_broadcast_result(pg, 0, self._plan_cold_tier, module, sharders)
+        stock = from_first_rank(lambda: self._plan_cold_tier(module, sharders), pg)
         return self._attach(stock, module, sharders)
 
     def _plan_cold_tier(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
@@ -139,7 +140,8 @@ class FAEShardingPlanner(ShardingPlanner):
             if self._placement.hot_rows(table.name) and table.optimizer not in _SUPPORTED:
                 raise PlannerError(
                     f"table {table.name!r} is optimized by {table.optimizer.value}, hot tables may use "
-                    f"{sorted(optimizer.value for optimizer in _SUPPORTED)}; choose one of these or plan this model with EmbeddingShardingPlanner",
+                    f"{sorted(optimizer.value for optimizer in _SUPPORTED)}; choose one of these or plan this model with "
+                    "EmbeddingShardingPlanner",
                     PlannerErrorType.INPUT_VALIDATION,
                 )
         for path, collection in _collections(module, sharders):
@@ -174,8 +176,10 @@ class _ColdTierSharder(EmbeddingBagCollectionSharder):
         return {name: parameter for name, parameter in parameters.items() if self._placement.kind(name) is not TableKind.HOT}
 
 
-def _collections(module: nn.Module, sharders: list[ModuleSharder[nn.Module]], path: str = "") -> Iterator[tuple[str, EmbeddingBagCollection]]:
-    """The collections our sharder would be asked for, with their paths: as DMP walks the model, not looking into what another sharder takes."""
+def _collections(
+    module: nn.Module, sharders: list[ModuleSharder[nn.Module]], path: str = ""
+) -> Iterator[tuple[str, EmbeddingBagCollection]]:
+    """The collections our sharder is asked for, with their paths: as DMP walks the model, not looking into what another sharder takes."""
     if type(module) is EmbeddingBagCollection:
         yield path, module
     elif type(module) not in {sharder.module_type for sharder in sharders}:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-
 # torch 2.13 renamed it and warns at every call of the old name; torch 2.11 has the old one alone.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Gathers tensors of one size from all ranks into one tensor: (output, input, group=, async_op=)."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -68,12 +70,13 @@ class ReplicatedHotTier:
         lookups: the stock grouped lookups that hold the rows.
     """
 
-    def __init__(
-        self, tables: EmbeddingBagCollection, fused_params: dict[str, Any] | None, env: ShardingEnv, device: torch.device
-    ) -> None:
+    def __init__(self, tables: EmbeddingBagCollection, fused_params: dict[str, Any] | None, env: ShardingEnv, device: torch.device) -> None:
         self.group = env.process_group if env.world_size > 1 else None
         configs = tables.embedding_bag_configs()
         plan = {config.name: _whole_table(config.num_embeddings, config.embedding_dim, env.rank, device) for config in configs}
+        if self.group is not None:
+            # Stochastic rounding (half precision on CUDA) draws on each rank's own random numbers: the replicas would drift apart.
+            fused_params = {**(fused_params or {}), "stochastic_rounding": False}
         infos = ShardedEmbeddingBagCollection.create_grouped_sharding_infos(tables, plan, "embedding_bags.", fused_params)[
             ShardingType.TABLE_WISE.value
         ]
@@ -106,6 +109,10 @@ class ReplicatedHotTier:
         table_of_lookup = torch.tensor([i for i, table in enumerate(ordered) for _ in keys[table.name]])
         self.first_slot = first_slot.to(device)
         self._first_slot_of_lookup = first_slot[table_of_lookup].to(device)
+        self._rows_of_lookup = first_slot.diff()[table_of_lookup].to(device)
+        kernels = (kernel for kernel in self.lookups[0].modules() if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen))
+        self._bounds_check_mode: int = next(kernels).bounds_check_mode_int
+        self._out_of_bounds = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _keep_order(self, configs: Sequence[EmbeddingBagConfig], kernel_keys: list[str], device: torch.device) -> None:
         """Remembers how to bring bags into the kernels' order of lookups (TorchRec groups tables), and columns back."""
@@ -135,10 +142,22 @@ class ReplicatedHotTier:
             if promised_hot:
                 _check_promise(misses.tolist(), [True])
             return NoWait(NoWait(slots))
-        counts = torch.tensor(slots.length_per_key(), device=slots.device())
-        lookup = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=slots.values().numel())
-        mine = slots.values().to(torch.int64) + self._first_slot_of_lookup[lookup]
+        values, counts = self._in_bounds(slots), torch.tensor(slots.length_per_key(), device=slots.device())
+        lookup = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=values.numel())
+        mine = values + self._first_slot_of_lookup[lookup]
         return _CountsAwaitable(self, ctx, slots, mine, misses, promised_hot)
+
+    def _in_bounds(self, slots: KeyedJaggedTensor) -> torch.Tensor:
+        """The slots as int64, an id beyond an all-hot table treated as the stock kernel does (by default: a warning, and row 0).
+
+        Before tables are laid in one sequence: there such an id would be another table's row.
+        """
+        values = slots.values().to(torch.int64, copy=True)
+        if self._bounds_check_mode != BoundsCheckMode.NONE.value:
+            torch.ops.fbgemm.bounds_check_indices(
+                self._rows_of_lookup, values, slots.offsets().to(torch.int64), self._bounds_check_mode, self._out_of_bounds
+            )
+        return values.clamp_(min=0)  # FBGEMM lets -1 pass, a pruned row to its inference kernels
 
     def forward(self, ctx: HotContext, rows: KeyedJaggedTensor) -> torch.Tensor:
         """Pools this rank's bags.
@@ -150,16 +169,18 @@ class ReplicatedHotTier:
         Returns:
             float32 [B, columns of the lookups in order] sums; its gradient updates the hot rows, averaged over ranks as stock does.
         """
-        pooled = self.lookups[0](rows) if ctx.bags is None else self._pool_union(ctx.bags, rows)
-        return pooled if self._in_order is None else self._in_order(pooled)
+        pooled: torch.Tensor = self.lookups[0](rows) if ctx.bags is None else self._pool_union(ctx.bags, rows)
+        if self._in_order is not None:
+            pooled = self._in_order(pooled)
+        return pooled
 
     def _pool_union(self, all_bags: KeyedJaggedTensor, rows: KeyedJaggedTensor) -> torch.Tensor:
         """Looks the union up, once, and pools this rank's bags over it, dim by dim."""
         assert self.group is not None
         blocks, first_row = [], 0
-        parts = zip(self.lookups, self._dims, rows.split(self._tables_per_dim), all_bags.split(self._lookups_per_dim))
+        parts = zip(self.lookups, self._dims, rows.split(self._tables_per_dim), all_bags.split(self._lookups_per_dim), strict=True)
         for lookup, dim, rows_of_dim, bags in parts:
-            union = _SumGradient.apply(lookup(rows_of_dim), self.group).view(-1, dim)
+            union = _SumGradient.apply(lookup(rows_of_dim), self.group).view(-1, dim)  # type: ignore[no-untyped-call]
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(bags.lengths().to(torch.int64))
             sums = _pool_rows(union, bags.values() - first_row, offsets, bags.weights_or_none())
             blocks.append(sums.view(len(bags.keys()), bags.stride(), dim).transpose(0, 1).flatten(1))
@@ -175,10 +196,10 @@ class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
     ) -> None:
         super().__init__()
         self._tier, self._ctx, self._slots, self._mine = tier, ctx, slots, mine
-        self._unique = mine.unique()
+        self._unique: torch.Tensor = mine.unique()  # type: ignore[no-untyped-call]
         kind = torch.full((1,), int(hot), dtype=torch.int64, device=mine.device)
         counts = torch.cat([torch.full_like(kind, self._unique.numel()), misses, kind])
-        self._counts = counts.new_empty(tier.group.size() * counts.numel())
+        self._counts = counts.new_empty(dist.get_world_size(tier.group) * counts.numel())
         self._sent = counts  # kept until the collective has read it
         self._work = all_gather_single(self._counts, counts, group=tier.group, async_op=True)
 
@@ -210,8 +231,9 @@ class _UnionAwaitable(Awaitable[KeyedJaggedTensor]):
 
     def _wait_impl(self) -> KeyedJaggedTensor:
         self._work.wait()
-        per_rank = self._slots_of_all.view(len(self._per_rank), -1)
-        union = torch.cat([slots[:count] for slots, count in zip(per_rank, self._per_rank)]).unique()
+        per_rank = self._slots_of_all.view(len(self._per_rank), max(self._per_rank))
+        of_all = torch.cat([slots[:count] for slots, count in zip(per_rank, self._per_rank, strict=True)])
+        union: torch.Tensor = of_all.unique()  # type: ignore[no-untyped-call]
         slots = self._slots
         self._ctx.bags = KeyedJaggedTensor(
             keys=slots.keys(),

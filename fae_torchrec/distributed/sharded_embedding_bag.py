@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from fbgemm_gpu.permute_pooled_embedding_modules import PermutePooledEmbeddings
 from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
@@ -98,13 +99,11 @@ class _TiersAwaitable(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTe
         return combine_tiers(self._lookups, self._hot, cold, self._divisor)
 
 
-class ShardedFAEEmbeddingBagCollection(
-    ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, FAEContext], FusedOptimizerModule
-):
+class ShardedFAEEmbeddingBagCollection(ShardedEmbeddingModule[KJTList, list[torch.Tensor], KeyedTensor, FAEContext], FusedOptimizerModule):
     """Gives what the stock sharded collection gives, with its hot rows in a tier of their own.
 
-    A raw batch goes through both tiers. A batch whose KeyedJaggedTensor is a `HotKeyedJaggedTensor` skips the cold tier whole: no cold input
-    dist, no lookup, no output dist, forward or backward.
+    A raw batch goes through both tiers. A batch whose KeyedJaggedTensor is a `HotKeyedJaggedTensor` skips the cold tier whole: no cold
+    input dist, no lookup, no output dist, forward or backward.
 
     Args:
         module: the stock collection, marked by `apply_optimizer_in_backward` if at all.
@@ -132,7 +131,7 @@ class ShardedFAEEmbeddingBagCollection(
         self._env = env
         self._module_fqn = module_fqn
         device = device or torch.device("cpu")
-        configs = module.embedding_bag_configs()
+        configs = self._configs = module.embedding_bag_configs()
         self._kinds = {config.name: self.placement.kind(config.name) for config in configs}
         self.tier_split = TierSplit(configs, self.placement, device)
         hot, cold = (_tier(module, self.placement, hot=hot) for hot in (True, False))
@@ -188,6 +187,9 @@ class ShardedFAEEmbeddingBagCollection(
         hot_input, cold_input = list(input)[: len(self._hot)], list(input)[len(self._hot) :]
         cold = self._cold[0].compute_and_output_dist(ctx.cold, KJTList(cold_input)) if ctx.cold is not None else None
         hot = self._hot[0].forward(ctx.hot, hot_input[0]) if ctx.hot is not None else None
+        if hot is not None and hot.requires_grad:
+            # The fused update follows in backward.
+            hot.register_hook(lambda _: self._homes.hot_rows_change())  # type: ignore[no-untyped-call]
         return _TiersAwaitable(self.tier_split.lookups, hot, cold, self._cold_in_order, ctx.divisor)
 
     def compute(self, ctx: FAEContext, dist_input: KJTList) -> list[torch.Tensor]:
@@ -215,9 +217,10 @@ class ShardedFAEEmbeddingBagCollection(
         return self._optim
 
     @property
-    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
+    def unsharded_module_type(self) -> type[nn.Module]:
         """The stock module this one stands for."""
-        return EmbeddingBagCollection
+        stock: type[nn.Module] = EmbeddingBagCollection
+        return stock
 
     @property
     def _input_dists(self) -> list[nn.Module]:
@@ -229,15 +232,17 @@ class ShardedFAEEmbeddingBagCollection(
         assert not value, "set by the base class to an empty list only"
 
     def write_back(self) -> None:
-        """Copies every hot row, weights and optimizer state, to its home. Local: no collective."""
+        """Copies every hot row, weights and optimizer state, to its home, unless none has changed since. Local: no collective."""
         self._homes.write_back()
 
     def promote(self) -> None:
         """Copies every home to its hot row. Collective: all ranks take part."""
         self._homes.promote()
 
-    def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The stock state: `embedding_bags.<table>.weight`, sharded as the stock plan says; all-hot tables whole, as stock's data parallel."""
+    def state_dict(
+        self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The stock state: `embedding_bags.<table>.weight`, sharded as the stock plan; all-hot tables whole, as stock's data parallel."""
         state: dict[str, Any] = {} if destination is None else destination
         self.write_back()
         for tier in self._cold:
@@ -247,24 +252,59 @@ class ShardedFAEEmbeddingBagCollection(
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
-        """Loads a stock state (whole tensors, or sharded as this plan) and promotes the hot rows. Collective: all ranks take part."""
+        """Loads a stock state (whole tensors, or sharded as this plan) and promotes the hot rows. Collective: all ranks take part.
+
+        Optimizer state stays as it is, and so do tables that the state lacks (with `strict=False`).
+
+        Raises:
+            RuntimeError: a key is missing or unexpected (with `strict`), or a tensor has another shape than its table.
+        """
+        self._check_shapes(state_dict)
+        self.write_back()  # what is not loaded must be current when homes are promoted
         rest = dict(state_dict)
         missing = []
         for name, weight in self._all_hot_weights():
             key = f"embedding_bags.{name}.weight"
             if key in rest:
-                weight.copy_(rest.pop(key))
+                weight.copy_(self._whole(rest.pop(key), weight))
             else:
                 missing.append(key)
         unexpected = list(rest)
         for tier in self._cold:
-            result = tier.load_state_dict(rest, strict=strict)
+            result = tier.load_state_dict(rest, strict=False)
             missing += result.missing_keys
             unexpected = list(result.unexpected_keys)
+        self.promote()
         if strict and (missing or unexpected):
             raise RuntimeError(f"state dict of {type(self).__name__} does not fit: missing keys {missing}, unexpected keys {unexpected}")
-        self.promote()
         return _IncompatibleKeys(missing, unexpected)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What a parent's `nn.Module.load_state_dict` would call, past `load_state_dict`: the hot rows would keep their old values."""
+        raise RuntimeError(
+            "the state of hot/cold tables was to be loaded by torch.nn.Module.load_state_dict of a parent module, which cannot promote hot "
+            "rows; call DistributedModelParallel.load_state_dict, or load_state_dict of the sharded collection itself"
+        )
+
+    def _check_shapes(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises on every rank alike, before any collective, what stock would notice on the rank that holds the table alone."""
+        for config in self._configs:
+            key, shape = f"embedding_bags.{config.name}.weight", (config.num_embeddings, config.embedding_dim)
+            if key in state_dict and tuple(state_dict[key].shape) != shape:
+                raise RuntimeError(
+                    f"{key}: received shape {tuple(state_dict[key].shape)}, the table has {shape}; load a state of this model"
+                )
+
+    def _whole(self, stock: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of a stock state, put together from all ranks where stock has it sharded."""
+        if not isinstance(stock, ShardedTensor):
+            return stock
+        whole = torch.zeros_like(like)
+        for shard in stock.local_shards():
+            (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+            whole[row : row + rows, column : column + columns] = shard.tensor
+        sum_of_disjoint(whole, self._env.process_group)
+        return whole
 
     def _all_hot_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for table in local_tables(self._hot_lookups):
@@ -290,7 +330,8 @@ class ShardedFAEEmbeddingBagCollection(
 
     def _register_stock_parameters(self) -> None:
         """Registers `embedding_bags.<table>.weight` as stock does: the home of a split or cold table, the rows of an all-hot one."""
-        hot = {name: weight for lookup in self._hot_lookups for name, weight in lookup.named_parameters_by_table()}
+        lookups: list[Any] = self._hot_lookups
+        hot = {name: weight for lookup in lookups for name, weight in lookup.named_parameters_by_table()}
         self.embedding_bags = nn.ModuleDict()
         for name, kind in self._kinds.items():
             holder = nn.Module()
@@ -300,8 +341,11 @@ class ShardedFAEEmbeddingBagCollection(
 
     def _start_alike(self) -> None:
         """All-hot tables start as rank 0's (as stock's data parallel), hot rows of split tables as their homes."""
-        for _, weight in self._all_hot_weights():
-            if self._env.rank != 0:
+        start = {config.name: config.init_fn for config in self._configs}
+        for name, weight in self._all_hot_weights():
+            if self._env.rank == 0:
+                start[name](weight)
+            else:
                 weight.zero_()
             sum_of_disjoint(weight, self._env.process_group)
         self.promote()

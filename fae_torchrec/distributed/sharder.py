@@ -30,7 +30,8 @@ class FAEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     ) -> nn.Module:
         """As ModuleSharder.shard."""
         if not isinstance(params, FAEModuleShardingPlan):
-            return super().shard(module, params, env, device, module_fqn)
+            stock: nn.Module = super().shard(module, params, env, device, module_fqn)
+            return stock
         return ShardedFAEEmbeddingBagCollection(module, params, env, self.fused_params, device, self.qcomm_codecs_registry, module_fqn)
 
 

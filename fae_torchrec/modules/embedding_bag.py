@@ -11,8 +11,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from fae_torchrec.core.placement import RowPlacement
-from fae_torchrec.core.tables import TableKind
+from fae_torchrec.core.tables import TableKind, TableSet
 from fae_torchrec.modules.conversion import hot_rows_of, merge_into_stock
+from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.modules.pooling import combine_tiers
 from fae_torchrec.modules.tier_split import TierSplit, tier_configs
 
@@ -30,7 +31,8 @@ class FAEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         cold_device: device of the cold tier. Default: the device of `ebc`.
 
     Raises:
-        FingerprintError: the placement lacks a table of `ebc` or has it with another shape.
+        ConfigError: a table's dtype or optimizer is not supported.
+        FingerprintError: the placement lacks a table of `ebc`, or has it with other rows or features.
     """
 
     def __init__(
@@ -41,9 +43,13 @@ class FAEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         cold_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self._configs = ebc.embedding_bag_configs()
-        self._is_weighted = ebc.is_weighted()
+        tables = model_tables(ebc)
+        placed = TableSet(tuple(placement.tables[name] for name in tables.names if name in placement.tables.names))
+        placed.check_same(tables, f"row placement {placement.fingerprint}")  # it may hold the tables of other collections too
+        self._configs: list[EmbeddingBagConfig] = ebc.embedding_bag_configs()
+        self._is_weighted: bool = ebc.is_weighted()
         self._device = hot_device or ebc.device
+        self._rows = {config.name: config.num_embeddings for config in self._configs}
         self._kinds = {config.name: placement.kind(config.name) for config in self._configs}
         self._hot_ids = {config.name: torch.as_tensor(placement.hot_ids[config.name]) for config in self._configs}
         self.tier_split = TierSplit(self._configs, placement, self._device)
@@ -107,7 +113,7 @@ def _from_stock_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
         weight = state.pop(f"{prefix}embedding_bags.{table}.weight", None)
         if weight is None:
             continue  # load_state_dict reports the tiers' keys as missing
-        if kind is not TableKind.COLD:
+        # Whole tables go to the tier that holds as many rows, so that load_state_dict reports another shape.
+        state[_tier_key(prefix, "hot" if kind is TableKind.HOT else "cold", table)] = weight
+        if kind is TableKind.SPLIT and len(weight) == module._rows[table]:
             state[_tier_key(prefix, "hot", table)] = hot_rows_of(weight, module._hot_ids[table])
-        if kind is not TableKind.HOT:
-            state[_tier_key(prefix, "cold", table)] = weight

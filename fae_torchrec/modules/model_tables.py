@@ -58,7 +58,7 @@ def model_tables(model: nn.Module, optimizer: Optimizer = Optimizer.SGD) -> Tabl
 def _optimizer(table: str, optimizer_class: type) -> Optimizer:
     if optimizer_class.__name__ not in _OPTIMIZERS:
         raise ConfigError(
-            f"table {table!r} is optimized by {optimizer_class.__name__}, received from apply_optimizer_in_backward; hot/cold tables may use "
-            f"{sorted(_OPTIMIZERS)}; leave the table to stock sharding or choose one of these"
+            f"table {table!r} is optimized by {optimizer_class.__name__}, received from apply_optimizer_in_backward; hot/cold tables may "
+            f"use {sorted(_OPTIMIZERS)}; leave the table to stock sharding or choose one of these"
         )
     return _OPTIMIZERS[optimizer_class.__name__]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -51,8 +51,8 @@ def lookups_by_tier(configs: Sequence[EmbeddingBagConfig], placement: RowPlaceme
     """
     lookups = [
         Lookup(config.name, feature, name, f"{feature}@{config.name}", config.embedding_dim, config.pooling, placement.kind(config.name))
-        for config, names in zip(configs, get_embedding_names_by_table(list(configs)))
-        for feature, name in zip(config.feature_names, names)
+        for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True)
+        for feature, name in zip(config.feature_names, names, strict=True)
     ]
     return [lookup for kind in TableKind for lookup in lookups if lookup.kind is kind]
 
@@ -71,15 +71,11 @@ def tier_configs(configs: Iterable[EmbeddingBagConfig], placement: RowPlacement,
     kinds = (TableKind.HOT, TableKind.SPLIT) if hot else (TableKind.SPLIT, TableKind.COLD)
     tables = list(configs)
     return [
-        EmbeddingBagConfig(
-            name=config.name,
+        replace(  # the rest, such as the initial values, stays the stock table's
+            config,
             num_embeddings=placement.hot_rows(config.name) if hot else config.num_embeddings,
-            embedding_dim=config.embedding_dim,
-            data_type=config.data_type,
             feature_names=[f"{feature}@{config.name}" for feature in config.feature_names],
             pooling=PoolingType.SUM,
-            weight_init_min=config.weight_init_min,
-            weight_init_max=config.weight_init_max,
         )
         for kind in kinds
         for config in tables
@@ -175,11 +171,11 @@ class TierSplit(nn.Module):
         order, order_tensor = self._permutation(features)
         hot_only, split, cold_only = features.permute(order, order_tensor).split(self._sizes)
         divisor = self._divisor(hot_only, split, cold_only) if any(self._mean) else None
-        hot_ids, is_hot = self._find(split)
+        slots, is_hot = self._find(split)
         if promised_hot:
             misses = (~is_hot).sum().reshape(1) + cold_only.values().numel()
-            return TieredIds(_concat(self._hot_lookup_keys, hot_only, _replace(split, hot_ids.clamp(min=0))), None, misses, divisor)
-        split_hot, split_cold = _partition(split, hot_ids, is_hot)
+            return TieredIds(_concat(self._hot_lookup_keys, hot_only, _replace(split, slots)), None, misses, divisor)
+        split_hot, split_cold = _partition(split, slots, is_hot)
         return TieredIds(
             hot=_concat(self._hot_lookup_keys, hot_only, split_hot),
             cold=_concat(self._cold_lookup_keys, split_cold, cold_only),
@@ -190,7 +186,7 @@ class TierSplit(nn.Module):
     def _permutation(self, features: KeyedJaggedTensor) -> tuple[list[int], torch.Tensor]:
         """The permutation from the batch's features to the lookups; computed once for a given order of keys."""
         keys = features.keys()
-        if self._order is None or self._order[0] != keys:
+        if self._order is None or self._order[0] != keys or self._order[2].device != features.device():
             missing = sorted({lookup.feature for lookup in self.lookups} - set(keys))
             if missing:
                 raise DataError(f"the batch lacks the features {missing}; it has {keys}; feed every feature of the tables")
@@ -200,7 +196,7 @@ class TierSplit(nn.Module):
         return self._order[1], self._order[2]
 
     def _find(self, split: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot of each id of the split lookups, and whether it is hot (a slot means nothing where it is not)."""
+        """Slot of each id of the split lookups (0 where it is not hot), and whether it is hot."""
         values = split.values()
         if self._sizes[1] == 0:
             return values, torch.ones_like(values, dtype=torch.bool)
@@ -215,7 +211,7 @@ class TierSplit(nn.Module):
         return torch.where(is_hot, slots, 0).to(values.dtype), is_hot
 
     def _divisor(self, *parts: KeyedJaggedTensor) -> torch.Tensor:
-        lengths = torch.cat([part.lengths() for part in parts]).view(len(self.lookups), -1).to(torch.float32).clamp(min=1)
+        lengths = torch.cat([part.lengths() for part in parts]).view(len(self.lookups), parts[0].stride()).to(torch.float32).clamp(min=1)
         divisor = torch.where(self.mean.unsqueeze(1), lengths, torch.ones_like(lengths))
         return divisor.index_select(0, self.lookup_of_column).t()
 

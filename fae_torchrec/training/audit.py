@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,8 +15,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSet
-from fae_torchrec.data.batches import is_hot_batch
+from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.segregate import hot_samples
+from fae_torchrec.training.batch_kinds import with_kinds
 from fae_torchrec.training.traffic import CollectiveCounter
 
 
@@ -53,13 +53,11 @@ class KindAudit:
 def audit(
     model: DistributedModelParallel,
     optimizer: CombinedOptimizer,
-    batches: Iterable[Batch],
+    loader: HotColdDataLoader,
     tables: TableSet,
     placement: RowPlacement | None,
     device: torch.device,
     group: dist.ProcessGroup,
-    *,
-    segregated: bool,
 ) -> dict[str, KindAudit]:
     """Trains each batch twice without a pipeline: once under a count of all collectives, once under a clock.
 
@@ -68,20 +66,19 @@ def audit(
     Args:
         model: sharded.
         optimizer: of the model.
-        batches: this rank's batches.
+        loader: this rank's batches and their kinds.
         tables: of the model.
         placement: of the model, None for stock.
         device: where the model lies.
         group: the ranks.
-        segregated: whether the batches come from a loader that keeps kinds apart; if not, all are "mixed".
 
     Returns:
-        Sums by kind.
+        Sums by kind ("hot", "cold", "mixed"), the same on every rank.
     """
     kinds: dict[str, KindAudit] = {}
     model.train()
-    for batch in batches:
-        kind = kinds.setdefault("mixed" if not segregated else "hot" if is_hot_batch(batch) else "cold", KindAudit())
+    for name, batch in with_kinds(loader):
+        kind = kinds.setdefault(name, KindAudit())
         kind.steps += 1
         kind.samples += batch.labels.numel()
         kind.hot_samples += float(hot_samples(batch.sparse_features, placement).sum()) if placement is not None else 0

@@ -11,6 +11,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import Optimizer
 
 _OPTIMIZERS: Mapping[Optimizer, type[torch.optim.Optimizer]] = {
@@ -39,12 +40,17 @@ def build_dlrm(
         num_dense: dense columns, at least 1.
         embedding_dim: columns of every table.
         dense_arch: widths of the dense MLP; the last is `embedding_dim`.
-        over_arch: widths of the over MLP; the last is 1.
+        over_arch: widths of the over MLP, at least two; the last is 1.
         optimizer: fused into the tables' backward.
         learning_rate: of the tables.
         seed: of all weights.
         device: where the unsharded tables lie; "meta" to plan without memory.
+
+    Raises:
+        ConfigError: the over MLP has fewer than two layers, which TorchRec's DLRM refuses.
     """
+    if len(over_arch) < 2:
+        raise ConfigError(f"over_arch: received {list(over_arch)}; DLRM needs at least two layers, such as [64, 1]")
     torch.manual_seed(seed)
     tables = [
         EmbeddingBagConfig(name=f"t_{feature}", num_embeddings=count, embedding_dim=embedding_dim, feature_names=[feature])

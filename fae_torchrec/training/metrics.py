@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, g
         group: the ranks to score over; None for this rank alone.
 
     Raises:
-        DataError: there is no sample at all.
+        DataError: there is no sample at all, or a label that is not 0 or 1.
     """
     training = model.training
     model.eval()
@@ -56,13 +56,26 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, g
     all_logits, all_labels = _gather(torch.cat(logits), group), _gather(torch.cat(labels), group)
     if not all_labels.numel():
         raise DataError("there are no samples to evaluate on; received an empty stream of test batches on every rank")
-    probabilities, targets = all_logits.sigmoid(), all_labels.to(torch.int64)
+    check_labels(all_labels)
+    # float64: in float32 the sigmoid makes ties of different large logits.
+    probabilities, targets = all_logits.double().sigmoid(), all_labels.to(torch.int64)
     return Scores(
-        auc=float(binary_auroc(probabilities.double(), targets)),
+        auc=float(binary_auroc(probabilities, targets)),
         logloss=float(nn.functional.binary_cross_entropy_with_logits(all_logits.double(), all_labels.double())),
         accuracy=float(binary_accuracy(probabilities, targets)),
         samples=all_labels.numel(),
     )
+
+
+def check_labels(labels: torch.Tensor) -> None:
+    """Checks test labels, any shape.
+
+    Raises:
+        DataError: one is neither 0 nor 1.
+    """
+    wrong = labels[(labels != 0) & (labels != 1)]
+    if wrong.numel():
+        raise DataError(f"test labels must be 0 or 1, received {float(wrong[0]):g}; code the label column so")
 
 
 def _gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -76,4 +89,4 @@ def _gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tens
     padded = torch.nn.functional.pad(values, (0, longest - values.numel()))
     everyone = values.new_empty(group.size() * longest)
     all_gather_single(everyone, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(everyone.view(group.size(), -1), lengths.tolist())])
+    return torch.cat([part[:count] for part, count in zip(everyone.view(group.size(), longest), lengths.tolist(), strict=True)])

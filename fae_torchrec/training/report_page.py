@@ -95,9 +95,6 @@ _NOTES = {
 }
 
 
-_IN_SAMPLE = "Estimated on the inputs that were counted, so too high where hot rows were seen once or twice; the table has what was trained."
-
-
 class Cell(NamedTuple):
     """One cell of a table: its markup, its tooltip, and whether it is text (left) rather than a number (right)."""
 
@@ -226,10 +223,17 @@ def _popularity(report: Report) -> str:
     rest = len(skew) - MAX_SKEW_TABLES
     more = f" The {rest} smaller tables are not drawn." if rest > 0 else ""
     pictures = _picture(skew_picture(report), f"How few rows take how many of a table's accesses, in the sampled train inputs.{more}")
-    pictures += _picture(
-        budget_picture(report), "What a budget buys: bytes of weights and optimizer state against the samples that need no cold row."
-    )
+    caption = f"What a budget buys, estimated before training. {_estimate(report.get('profile') or {})}"
+    pictures += _picture(budget_picture(report), caption)
     return f"<div class='pair'>{pictures}</div>" if pictures else ""
+
+
+def _estimate(profile: Mapping[str, Any]) -> str:
+    """On which inputs the profile's figures are estimated, and what that does to them."""
+    if profile.get("probe_held_out"):
+        of = f"{profile['probe_samples']:,} inputs" if profile.get("probe_samples") else "inputs"
+        return f"Hot inputs: on {of} that were not counted. Coverage: on the counted accesses themselves, so a little high."
+    return "Both on the very inputs that were counted, so too high where hot rows were seen only once or twice."
 
 
 def _placement_table(placement: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,11 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
+from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.schedule import Phase
-from fae_torchrec.data.batches import BatchSource, is_hot_batch
+from fae_torchrec.data.batches import BatchSource
 from fae_torchrec.data.dataloader import HotColdDataLoader
+from fae_torchrec.training.batch_kinds import with_kinds
 from fae_torchrec.training.metrics import Scores, evaluate
 from fae_torchrec.training.train_pipeline import FAETrainPipeline
 
@@ -32,14 +35,12 @@ class TrainOptions:
     """How long to train and how to score.
 
     Attributes:
-        batch_size: samples per step and rank.
         epochs: passes over the train data.
         steps: ends the run after so many steps; None trains whole epochs.
         eval_batch_size: samples per rank and test batch.
         swap_eval_batches: test batches looked at after each swap for the schedule's feedback; 0 gives it none.
     """
 
-    batch_size: int
     epochs: int = 1
     steps: int | None = None
     eval_batch_size: int = 4096
@@ -48,11 +49,11 @@ class TrainOptions:
 
 @dataclass
 class StepLog:
-    """What every step of this rank did; one entry per step. `seconds` has the loader's `loading_s` in it."""
+    """What every step of this rank did; one entry per step. `busy_s` has none of the loader's `loading_s` in it."""
 
     kinds: list[str] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    busy_s: list[float] = field(default_factory=list)
     loading_s: list[float] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
@@ -64,14 +65,15 @@ class TrainResult:
 
     Attributes:
         samples_per_s: over all ranks; the first steps (warm-up) and evaluations are left out, all loading and segregating is in, also that
-            of the first steps, where a whole epoch may be segregated.
+            of the first steps, where a whole epoch may be segregated (a run that `steps` ends early pays for all that was segregated).
         samples_per_s_spread: lowest and highest over fifths of the run.
-        train_loss: mean over the last epoch (the same samples under every placement and order).
+        train_loss: mean over the last epoch (unless `steps` ends it, the same samples under every placement and order).
         loss_curve: (samples trained over all ranks, mean loss since the last point).
         test: scores after training.
         samples_by_kind: samples trained over all ranks, by kind of batch ("hot", "cold" or "mixed").
         steps_by_kind: steps, by kind.
         swap_losses: test losses that the schedule was told.
+        wall_s: seconds of the whole run, evaluations included.
     """
 
     samples_per_s: float
@@ -121,83 +123,80 @@ class Trainer:
         self._rank = 0 if group is None else group.rank()
         self._world_size = 1 if group is None else group.size()
         self._show_progress = show_progress and self._rank == 0
-        self._swapped = False
+        self._wants_feedback = loader.schedule.policy == "fae" and options.swap_eval_batches > 0
+        self._swaps = 0
         self._swap_losses: list[float] = []
         loader.on_swap = self._on_swap
 
     def run(self) -> TrainResult:
-        """Trains and scores. Collective: every rank runs it."""
+        """Trains and scores. Collective: every rank runs it.
+
+        Raises:
+            DataError: there is no sample to train or to score on; the loader's and the sources' own.
+        """
         started = time.perf_counter()
         log = StepLog()
         # The stock baseline runs on the stock pipeline; ours is the same one, keeping count of kinds.
         pipeline_type = FAETrainPipeline if self._loader.schedule.segregates else TrainPipelineSparseDist
-        pipeline = pipeline_type(self._model, self._optimizer, self._device)
-        steps_left = self._options.steps
+        pipeline: TrainPipelineSparseDist[Batch, Any] = pipeline_type(self._model, self._optimizer, self._device)
         self._model.train()
         with tqdm(desc="train", unit=" samples", unit_scale=True, disable=not self._show_progress) as bar:
             for epoch in range(self._options.epochs):
-                batches = islice(iter(self._loader), steps_left)
-                for phases in self._until_swaps(batches):
-                    self._train(pipeline, phases, epoch, log, bar)
-                    self._tell_schedule(pipeline)
-                if steps_left is not None:
-                    steps_left = self._options.steps - len(log.kinds)
+                steps_left = None if self._options.steps is None else self._options.steps - len(log.kinds)
+                loaded = _Loaded(self._loader, steps_left)
+                for batches in self._until_swaps(loaded):
+                    swaps = self._swaps
+                    for samples in self._train(pipeline, batches, loaded, epoch, log):
+                        bar.update(samples * self._world_size)
+                    if self._wants_feedback and self._swaps > swaps:
+                        self._tell_schedule(pipeline)
         pipeline.detach()
+        if not log.kinds:
+            raise DataError("there are no samples to train on; received an empty stream of train batches; give every rank at least one")
         scores = self._score(None)
         return self._result(log, scores, time.perf_counter() - started)
 
-    def _train(self, pipeline: TrainPipelineSparseDist, batches: Iterator[Batch], epoch: int, log: StepLog, bar: tqdm) -> None:
-        watched = _Watched(batches, segregated=self._loader.schedule.segregates)
+    def _train(
+        self, pipeline: TrainPipelineSparseDist[Batch, Any], batches: Iterator[Batch], loaded: _Loaded, epoch: int, log: StepLog
+    ) -> Iterator[int]:
+        """Trains on all batches; yields the samples of each step."""
         while True:
-            start, loaded_s = time.perf_counter(), watched.loading_s
+            start, loading_s = time.perf_counter(), loaded.seconds
             try:
-                loss, _, labels = pipeline.progress(watched)
+                loss, _, labels = pipeline.progress(batches)
             except StopIteration:
+                if self._device.type == "cuda" and log.busy_s:
+                    torch.cuda.synchronize(self._device)  # what is still queued belongs to the steps, not to the evaluation that follows
+                    log.busy_s[-1] += time.perf_counter() - start
                 return
-            log.seconds.append(time.perf_counter() - start)
-            log.loading_s.append(watched.loading_s - loaded_s)
-            log.kinds.append(watched.kinds.popleft())
+            log.busy_s.append(time.perf_counter() - start - (loaded.seconds - loading_s))
+            log.loading_s.append(loaded.take_seconds())
+            log.kinds.append(loaded.kinds.popleft())
             log.samples.append(labels.numel())
             log.losses.append(loss.detach())
             log.epochs.append(epoch)
-            bar.update(labels.numel() * self._world_size)
+            yield labels.numel()
 
     def _until_swaps(self, batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
         """Cuts the stream where the kind changes, if the schedule wants feedback there: a cut drains the pipeline."""
-        if self._loader.schedule.policy != "fae" or not self._options.swap_eval_batches:
+        if not self._wants_feedback:
             yield batches
             return
-        following = next(batches, None)
-        while following is not None:
-            self._swapped = False
-            held = [following]
-
-            def until_swap(held: list[Batch] = held) -> Iterator[Batch]:
-                while held:
-                    yield held.pop()
-                    batch = next(batches, None)
-                    if batch is not None:
-                        held.append(batch)
-                        if self._swapped:
-                            return
-
-            yield until_swap()
-            following = held.pop() if held else None
+        for _, phase in groupby(batches, key=lambda _: self._swaps):  # the loader counts a swap before it gives the batch
+            yield phase
 
     def _on_swap(self, phase: Phase) -> None:
-        self._swapped = True
+        self._swaps += 1
 
-    def _tell_schedule(self, pipeline: TrainPipelineSparseDist) -> None:
+    def _tell_schedule(self, pipeline: TrainPipelineSparseDist[Batch, Any]) -> None:
         """After a swap: looks at the test loss and tells the schedule, the same value on every rank."""
-        if self._swapped and self._options.swap_eval_batches:
-            self._swapped = False
-            pipeline.detach()
-            logloss = torch.tensor([self._score(self._options.swap_eval_batches).logloss], dtype=torch.float64, device=self._device)
-            if self._group is not None:  # the ranks' schedules must not drift apart by a rounding
-                dist.broadcast(logloss, src=0, group=self._group)
-            loss = float(logloss)
-            self._swap_losses.append(loss)
-            self._loader.schedule.observe(loss)
+        pipeline.detach()
+        logloss = torch.tensor([self._score(self._options.swap_eval_batches).logloss], dtype=torch.float64, device=self._device)
+        if self._group is not None:  # the ranks' schedules must not drift apart by a rounding
+            dist.broadcast(logloss, src=0, group=self._group)
+        loss = float(logloss)
+        self._swap_losses.append(loss)
+        self._loader.schedule.observe(loss)
 
     def _score(self, num_batches: int | None) -> Scores:
         batches = self._test.batches(self._options.eval_batch_size, rank=self._rank, world_size=self._world_size)
@@ -206,7 +205,7 @@ class Trainer:
     def _result(self, log: StepLog, scores: Scores, wall_s: float) -> TrainResult:
         everyone = self._of_all_ranks(log)
         samples, losses = everyone[0], everyone[3] / everyone[0]
-        busy_s, loading_s = (everyone[1] - everyone[2]) / self._world_size, everyone[2] / self._world_size
+        busy_s, loading_s = everyone[1] / self._world_size, everyone[2] / self._world_size
         loading_s_per_sample = loading_s.sum() / samples.sum()
         warm = min(_WARM_UP_STEPS, len(log.kinds) - 1)
         blocks = torch.arange(warm, len(log.kinds)).tensor_split(_SPREAD_BLOCKS)
@@ -233,10 +232,10 @@ class Trainer:
         )
 
     def _of_all_ranks(self, log: StepLog) -> torch.Tensor:
-        """float64 [4, steps] summed over ranks: samples, seconds, seconds of loading, loss times samples."""
-        samples, seconds, loading_s = torch.tensor([log.samples, log.seconds, log.loading_s], dtype=torch.float64)
+        """float64 [4, steps] summed over ranks: samples, seconds without loading, seconds of loading, loss times samples."""
+        samples, busy_s, loading_s = torch.tensor([log.samples, log.busy_s, log.loading_s], dtype=torch.float64)
         losses = torch.stack(log.losses).to("cpu", torch.float64)
-        sums = torch.stack([samples, seconds, loading_s, losses * samples]).to(self._device)
+        sums = torch.stack([samples, busy_s, loading_s, losses * samples]).to(self._device)
         if self._group is not None:
             dist.all_reduce(sums, group=self._group)
         return sums.cpu()
@@ -246,14 +245,17 @@ def _weighted(losses: torch.Tensor, samples: torch.Tensor, index: torch.Tensor) 
     return float((losses[index] * samples[index]).sum() / samples[index].sum())
 
 
-class _Watched:
-    """A stream that notes each batch's kind as the pipeline takes it (it trains them in this order), and the time it took to come."""
+class _Loaded:
+    """One pass over the loader that notes each batch's kind as it is taken (they are trained in this order) and the time it took to come.
 
-    def __init__(self, batches: Iterator[Batch], *, segregated: bool) -> None:
-        self._batches = batches
-        self._segregated = segregated
+    It stands next to the loader, before any cutting, so that no loading escapes the clock.
+    """
+
+    def __init__(self, loader: HotColdDataLoader, steps: int | None) -> None:
+        self._batches = islice(with_kinds(loader), steps)
         self.kinds: deque[str] = deque()
-        self.loading_s = 0.0
+        self.seconds = 0.0
+        self._taken_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -261,8 +263,13 @@ class _Watched:
     def __next__(self) -> Batch:
         start = time.perf_counter()
         try:
-            batch = next(self._batches)
+            kind, batch = next(self._batches)
         finally:
-            self.loading_s += time.perf_counter() - start
-        self.kinds.append("mixed" if not self._segregated else "hot" if is_hot_batch(batch) else "cold")
+            self.seconds += time.perf_counter() - start
+        self.kinds.append(kind)
         return batch
+
+    def take_seconds(self) -> float:
+        """Seconds of loading since the last call."""
+        new, self._taken_s = self.seconds - self._taken_s, self.seconds
+        return new

@@ -239,6 +239,12 @@ def test_budget_in_use_is_marked(report: dict[str, Any]) -> None:
     assert "in use: 0.68% of all bytes" in svg and "50.4% hot inputs" in svg  # 1,610,612 of 237,677,000 bytes
 
 
+def test_page_says_on_which_inputs_hot_inputs_are_estimated(report: dict[str, Any]) -> None:
+    assert "on the very inputs that were counted, so too high" in html_report(report)
+    report["profile"].update(probe_held_out=True, probe_samples=4096)
+    assert "Hot inputs: on 4,096 inputs that were not counted." in html_report(report)
+
+
 def test_breakdown_has_a_bar_for_every_kind(report: dict[str, Any]) -> None:
     svg = breakdown_picture(report) or ""
     for label in (
