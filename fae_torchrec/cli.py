@@ -114,7 +114,7 @@ def _prepare(arguments: argparse.Namespace, config: Any) -> int:
         lines = [
             f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
             "the tables' most accessed 1 % of rows take this share of their accesses:",
-            *(f"  {name:<24} {len(counts):>12,} rows  {percent_text(_top_share(counts)):>7}" for name, counts in top),
+            *(f"  {name:<24} {len(counts):>12,} rows  {percent_text(_top_share(counts)):>6} %" for name, counts in top),
         ]
         _print(arguments, lines, json.dumps({**describe_profile(profile), "path": str(path)}, indent=1))
         return 0
@@ -125,7 +125,7 @@ def _prepare(arguments: argparse.Namespace, config: Any) -> int:
         f"{path}: placement {placement.fingerprint}",
         f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot, "
         f"the budget is {bytes_text(placement.budget_bytes)} a rank",
-        f"hot inputs {percent_text(placement.hot_inputs)} of samples, coverage {percent_text(placement.coverage)} of accesses",
+        f"hot inputs {percent_text(placement.hot_inputs)} % of samples, coverage {percent_text(placement.coverage)} % of accesses",
         *(
             f"  {row['table']:<24} {row['kind']:<6} {row['hot_rows']:>12,} of {row['rows']:>12,} rows  {bytes_text(row['bytes_hot']):>10}"
             for row in described["per_table"]

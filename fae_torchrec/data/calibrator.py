@@ -74,7 +74,7 @@ class Calibrator:
         probe = _Reservoir(self.probe_size)
         held_out = self.sample_rate < 1
         num_samples = total_samples = 0
-        with tqdm(total=total, desc="calibrate", unit="sample", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=total, desc="calibrate", unit="sample", unit_scale=True, disable=None if progress else True) as bar:
             for batch in batches:
                 size = batch.sparse_features.stride()
                 try:

@@ -35,7 +35,7 @@ DEFAULT_COLD_TIER: Mapping[str, str] = {"cpu": "host", "cuda": "uvm_caching"}
 def cold_constraints(
     placement: RowPlacement, device_type: str, cold_tier: str = "auto", given: Mapping[str, ParameterConstraints] | None = None
 ) -> dict[str, ParameterConstraints]:
-    """Constraints under which the stock planner plans the cold tier; a placement without any hot row adds none.
+    """Constraints under which the stock planner plans the cold tier.
 
     Args:
         placement: where the rows live.
@@ -55,8 +55,6 @@ def cold_constraints(
         )
     options = COLD_TIERS[tier, device_type]
     constraints = dict(given or {})
-    if not any(placement.hot_rows(table.name) for table in placement.tables):
-        return constraints  # nothing is hot: the plan is the stock one
     for table in placement.tables:
         if placement.kind(table.name) is TableKind.HOT:
             continue

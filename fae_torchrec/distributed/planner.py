@@ -34,8 +34,7 @@ class FAEShardingPlanner(ShardingPlanner):
     """Plans the hot tier by the placement and the cold tier by TorchRec's own EmbeddingShardingPlanner.
 
     Every EmbeddingBagCollection with a hot row gets the hot/cold module; one without gets the stock module, its tables planned as cold
-    ones; all other modules get the stock plan. A placement without any hot row gives the stock plan. The hot tier's bytes are taken from
-    every rank's storage before the stock planner sees it.
+    ones; all other modules get the stock plan. The hot tier's bytes are taken from every rank's storage before the stock planner sees it.
 
     Args:
         placement: where the rows of the model's tables live; the same on every rank.

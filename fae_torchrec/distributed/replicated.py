@@ -152,7 +152,7 @@ class ReplicatedHotTier:
 
         Before tables are laid in one sequence: there such an id would be another table's row.
         """
-        values = slots.values().to(torch.int64, copy=True)
+        values: torch.Tensor = slots.values().to(torch.int64, copy=True)
         if self._bounds_check_mode != BoundsCheckMode.NONE.value:
             torch.ops.fbgemm.bounds_check_indices(
                 self._rows_of_lookup, values, slots.offsets().to(torch.int64), self._bounds_check_mode, self._out_of_bounds
@@ -231,7 +231,7 @@ class _UnionAwaitable(Awaitable[KeyedJaggedTensor]):
 
     def _wait_impl(self) -> KeyedJaggedTensor:
         self._work.wait()
-        per_rank = self._slots_of_all.view(len(self._per_rank), max(self._per_rank))
+        per_rank = self._slots_of_all.view(len(self._per_rank), -1)
         of_all = torch.cat([slots[:count] for slots, count in zip(per_rank, self._per_rank, strict=True)])
         union: torch.Tensor = of_all.unique()  # type: ignore[no-untyped-call]
         slots = self._slots

@@ -47,6 +47,10 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
 
     placement: RowPlacement
 
+    def __bool__(self) -> bool:
+        """Always true: DistributedModelParallel leaves a module with a false plan unsharded, and no cold table is a plan too."""
+        return True
+
     @classmethod
     def attach(cls, stock: Mapping[str, Any], placement: RowPlacement) -> FAEModuleShardingPlan:
         """Adds a placement to a stock plan that covers the split and all-cold tables."""
@@ -290,10 +294,12 @@ class ShardedFAEEmbeddingBagCollection(ShardedEmbeddingModule[KJTList, list[torc
         """Raises on every rank alike, before any collective, what stock would notice on the rank that holds the table alone."""
         for config in self._configs:
             key, shape = f"embedding_bags.{config.name}.weight", (config.num_embeddings, config.embedding_dim)
-            if key in state_dict and tuple(state_dict[key].shape) != shape:
-                raise RuntimeError(
-                    f"{key}: received shape {tuple(state_dict[key].shape)}, the table has {shape}; load a state of this model"
-                )
+            if key not in state_dict:
+                continue
+            value = state_dict[key]
+            given = tuple(value.metadata().size if isinstance(value, ShardedTensor) else value.shape)
+            if given != shape:
+                raise RuntimeError(f"{key}: received shape {given}, the table has {shape}; load a state of this model")
 
     def _whole(self, stock: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A tensor of a stock state, put together from all ranks where stock has it sharded."""

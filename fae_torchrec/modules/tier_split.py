@@ -211,7 +211,7 @@ class TierSplit(nn.Module):
         return torch.where(is_hot, slots, 0).to(values.dtype), is_hot
 
     def _divisor(self, *parts: KeyedJaggedTensor) -> torch.Tensor:
-        lengths = torch.cat([part.lengths() for part in parts]).view(len(self.lookups), parts[0].stride()).to(torch.float32).clamp(min=1)
+        lengths = torch.cat([part.lengths() for part in parts]).view(len(self.lookups), -1).to(torch.float32).clamp(min=1)
         divisor = torch.where(self.mean.unsqueeze(1), lengths, torch.ones_like(lengths))
         return divisor.index_select(0, self.lookup_of_column).t()
 

@@ -79,8 +79,8 @@ _NOTES = {
         "sees the samples in another order: compare its AUC with the difference that another seed would make."
     ),
     "Speed": (
-        "Samples/s is a median over the run with its spread. Where two spreads overlap, the runs show no difference. On a machine without "
-        "a GPU the hot and the cold tier are the same memory and the ranks share one processor, so samples/s is what the method costs, not "
+        "Samples/s is the whole run's, with its range over fifths of the run. Where two ranges overlap, the runs show no difference. On a "
+        "machine without a GPU the hot and the cold tier are the same memory and the ranks share one processor, so samples/s is what the method costs, not "
         "what fast memory gains; bytes and rows per sample are counted, not timed, and hold on any machine."
     ),
     "Fast memory": (

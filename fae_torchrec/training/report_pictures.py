@@ -65,7 +65,7 @@ def budget_picture(report: Report) -> str | None:
 def throughput_picture(report: Report) -> str | None:
     """Samples per second and the bytes behind them, as bars for every run."""
     panels = (
-        ("samples_per_s", "samples/s, median and spread"),
+        ("samples_per_s", "samples/s, and range over fifths"),
         ("bytes_crossed_per_sample", "bytes crossed ranks / sample"),
         ("cold_bytes_per_sample", "cold bytes / sample"),
     )

@@ -68,7 +68,7 @@ COLUMNS = (
         str,
         "stock: TorchRec's own planner; fae: hot and cold rows and batches; fae-unsegregated: hot and cold rows, stock batch order",
     ),
-    Column("samples/s", "samples_per_s", count_text, "samples trained per second, all ranks together: the median, and its spread"),
+    Column("samples/s", "samples_per_s", count_text, "samples trained per second, all ranks together: the whole run's, and the range over fifths of it"),
     Column("hot inputs %", "hot_inputs", percent_text, "share of the samples whose every id is hot"),
     Column("hot batches %", "hot_batches", percent_text, "share of the steps that left the cold tier alone"),
     Column("fast-memory bytes", "fast_memory_bytes", bytes_text, "per rank: weights and optimizer state of embeddings in fast memory"),
@@ -80,7 +80,7 @@ COLUMNS = (
     ),
     Column("cold rows / sample", "cold_rows_per_sample", _decimals(2), "rows looked up outside the hot tier"),
     Column("cold bytes / sample", "cold_bytes_per_sample", count_text, "bytes of those rows"),
-    Column("train loss", "train_loss", _decimals(4), "log loss at the end of training"),
+    Column("train loss", "train_loss", _decimals(4), "mean log loss over the last epoch"),
     Column("test AUC", "test_auc", _decimals(4), "area under the ROC curve on the test samples; 0.5 is guessing"),
     Column("test logloss", "test_logloss", _decimals(4), "log loss on the test samples"),
 )

@@ -140,7 +140,7 @@ class Trainer:
         pipeline_type = FAETrainPipeline if self._loader.schedule.segregates else TrainPipelineSparseDist
         pipeline: TrainPipelineSparseDist[Batch, Any] = pipeline_type(self._model, self._optimizer, self._device)
         self._model.train()
-        with tqdm(desc="train", unit=" samples", unit_scale=True, disable=not self._show_progress) as bar:
+        with tqdm(desc="train", unit=" samples", unit_scale=True, disable=None if self._show_progress else True) as bar:
             for epoch in range(self._options.epochs):
                 steps_left = None if self._options.steps is None else self._options.steps - len(log.kinds)
                 loaded = _Loaded(self._loader, steps_left)

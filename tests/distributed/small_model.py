@@ -50,7 +50,13 @@ class Case:
 def configs(case: Case) -> list[EmbeddingBagConfig]:
     """All hot, split and all-cold tables; a feature of two tables, a table of two features, two dims."""
     wide = 8 if case.mixed_dims else 4
-    rows = [("tiny", 6, 4, ["a"]), ("big", 200, 4, ["b", "c"]), ("wide", 90, wide, ["c"]), ("frozen", 50, 4, ["d"]), ("other", 120, wide, ["e"])]
+    rows = [
+        ("tiny", 6, 4, ["a"]),
+        ("big", 200, 4, ["b", "c"]),
+        ("wide", 90, wide, ["c"]),
+        ("frozen", 50, 4, ["d"]),
+        ("other", 120, wide, ["e"]),
+    ]
     return [
         EmbeddingBagConfig(name=n, num_embeddings=r, embedding_dim=d, feature_names=f, pooling=case.pooling, data_type=DataType.FP32)
         for n, r, d, f in rows
@@ -194,7 +200,7 @@ def whole_tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
             size, shards = value
             out = whole.setdefault(key, torch.full(size, torch.nan))
             for offsets, tensor in shards:
-                out[tuple(slice(start, start + length) for start, length in zip(offsets, tensor.shape))] = tensor
+                out[tuple(slice(start, start + length) for start, length in zip(offsets, tensor.shape, strict=True))] = tensor
     return whole
 
 

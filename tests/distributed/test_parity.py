@@ -37,7 +37,12 @@ def _train_all(rank: int) -> dict[tuple[str, bool], Trained]:
         for hot_cold in (False, True):
             model = shard(case, placement_of(case) if hot_cold else None)
             losses = train(model, (new_batch(case, step, rank) for step in range(case.steps)))
-            hot = [weight.clone() for lookup in _hot_lookups(model) for kernel in lookup._emb_modules for weight in kernel.split_embedding_weights()]
+            hot = [
+                weight.clone()
+                for lookup in _hot_lookups(model)
+                for kernel in lookup._emb_modules
+                for weight in kernel.split_embedding_weights()
+            ]
             trained[str(case), hot_cold] = Trained(losses, whole_tensors(model.state_dict()), optimizer_state(model), hot)
     return trained
 

@@ -1,0 +1,56 @@
+"""A tiny experiment on disk: two parquet files and the YAML that describes the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from fae_torchrec.config import RunConfig, load_config
+
+ROWS = {"u": 40, "v": 2000, "w": 500}
+TRAIN_SAMPLES, TEST_SAMPLES = 701, 203
+
+
+def write_parquet(path: Path, samples: int, *, seed: int = 0, changes: dict[str, tuple[int, Any]] | None = None) -> None:
+    """Popular ids are small ones; `changes` puts a value into a column: name -> (row, value)."""
+    rng = np.random.default_rng(seed)
+    columns: dict[str, np.ndarray] = {"x": rng.random(samples), "y": rng.integers(0, 2, samples)}
+    rare = rng.random(samples) < 0.4
+    for name, rows in ROWS.items():
+        columns[name] = (rng.random(samples) * np.where(rare, rows, max(rows // 20, 2))).astype(np.int64)
+    for name, (row, value) in (changes or {}).items():
+        columns[name][row] = value
+    pq.write_table(pa.table(columns), path)
+
+
+def write_experiment(folder: Path) -> Path:
+    """Writes train.parquet, test.parquet and run.yaml; returns the latter. Its output folder is `folder`/out."""
+    write_parquet(folder / "train.parquet", TRAIN_SAMPLES)
+    write_parquet(folder / "test.parquet", TEST_SAMPLES, seed=1)
+    values = {
+        "model": {"embedding_dim": 4, "dense_arch": [8, 4], "over_arch": [8, 1]},
+        "data": {
+            "parquet": {
+                "train": "train.parquet", "test": "test.parquet", "dense": ["x"], "sparse": list(ROWS), "label": "y", "cardinalities": ROWS,
+            }
+        },
+        "profile": {"sample_rate": 0.5},
+        "placement": {"budget": "20%", "pinned_max_rows": 100},
+        "train": {"batch_size": 32, "eval_batch_size": 64, "swap_eval_batches": 1},
+        "compare": {"placements": ["stock", "fae"], "ranks": [1], "count_batches": 4},
+        "output": str(folder / "out"),
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def new_config(folder: Path, *overrides: str) -> RunConfig:
+    """The experiment's config with overrides; writes the experiment if it is not there yet."""
+    path = folder / "run.yaml"
+    return load_config(path if path.is_file() else write_experiment(folder), overrides)

@@ -1,0 +1,273 @@
+"""An experiment's parts: when a profile is measured anew, what is checked before training, and runs of every policy on 1 and 2 ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+
+from fae_torchrec.config import RunConfig
+from fae_torchrec.core.errors import BudgetError, ConfigError, DataError, FingerprintError
+from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.core.popularity import PopularityProfile
+from fae_torchrec.data.calibrator import Calibrator
+from fae_torchrec.distributed.local_ranks import run_on_local_ranks
+from fae_torchrec.experiment import (
+    _report_entry,
+    check_run,
+    experiment_tables,
+    make_hot_set,
+    make_placement,
+    make_profile,
+    open_data,
+    prepare,
+    run_placement,
+)
+from fae_torchrec.training.audit import KindAudit
+from fae_torchrec.training.metrics import Scores
+from fae_torchrec.training.trainer import TrainResult
+from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_parquet
+
+
+@pytest.fixture()
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every profile that is measured."""
+    calls: list[int] = []
+    run = Calibrator.run
+    monkeypatch.setattr(Calibrator, "run", lambda self, *a, **k: (calls.append(1), run(self, *a, **k))[1])
+    return calls
+
+
+def profile_of(config: RunConfig) -> PopularityProfile:
+    data = open_data(config)
+    return make_profile(config, data, experiment_tables(config, data))
+
+
+def test_profile_is_reused(tmp_path: Path, measured: list[int]) -> None:
+    first = profile_of(new_config(tmp_path))
+    assert (tmp_path / "out" / "profile.npz").is_file()
+    again = profile_of(new_config(tmp_path))
+    assert again.fingerprint == first.fingerprint
+    # What does not change the counts does not matter; the bytes are those of the tables at hand.
+    wider = profile_of(new_config(tmp_path, "model.embedding_dim=8", "model.dense_arch=[8]", "train.optimizer=sgd", "placement.budget=30%"))
+    assert wider.fingerprint == first.fingerprint
+    assert (first.tables["t_v"].row_bytes, wider.tables["t_v"].row_bytes) == (4 * 4 + 4, 8 * 4)
+    assert len(measured) == 1
+
+
+OTHER_ROWS = "data.parquet.cardinalities={u: 40, v: 2001, w: 500}"
+
+
+@pytest.mark.parametrize("change", ["profile.seed=8", "profile.sample_rate=0.6", OTHER_ROWS, "data.parquet.sparse=[u]", "file", "damage"])
+def test_profile_is_measured_anew(change: str, tmp_path: Path, measured: list[int]) -> None:
+    first = profile_of(new_config(tmp_path))
+    overrides = []
+    if change == "file":  # the same name and number of rows, other samples
+        train = tmp_path / "train.parquet"
+        write_parquet(train, TRAIN_SAMPLES, seed=9)
+        os.utime(train, ns=(train.stat().st_atime_ns, train.stat().st_mtime_ns + 1_000_000))  # where the clock of files is coarse
+    elif change == "damage":
+        (tmp_path / "out" / "profile.npz").write_bytes(b"PK")
+    else:
+        overrides = [change]
+    second = profile_of(new_config(tmp_path, *overrides))
+    assert len(measured) == 2
+    assert (second.fingerprint == first.fingerprint) == (change == "damage")
+    assert PopularityProfile.load(tmp_path / "out" / "profile.npz").fingerprint == second.fingerprint, "the new one is kept"
+
+
+def test_named_profile(tmp_path: Path, measured: list[int]) -> None:
+    first = profile_of(new_config(tmp_path))
+    first.save(tmp_path / "named.npz")
+    # A named profile is taken as it is, whatever the sampling says, and the kept one is left alone.
+    kept = (tmp_path / "out" / "profile.npz").read_bytes()
+    named = profile_of(new_config(tmp_path, f"profile.path={tmp_path / 'named.npz'}", "profile.seed=8"))
+    assert named.fingerprint == first.fingerprint and len(measured) == 1
+    assert (tmp_path / "out" / "profile.npz").read_bytes() == kept
+
+
+def test_named_values_of_other_tables(tmp_path: Path) -> None:
+    config = new_config(tmp_path)
+    placement = prepare(config, "fae", 1)
+    given = experiment_tables(new_config(tmp_path, OTHER_ROWS), open_data(new_config(tmp_path, OTHER_ROWS)))
+    for key, name in (("profile.path", "profile.npz"), ("placement.path", "placement.npz")):
+        with pytest.raises(FingerprintError) as error:
+            prepare(new_config(tmp_path, OTHER_ROWS, f"{key}={tmp_path / 'out' / name}", f"output={tmp_path / 'new'}"), "fae", 1)
+        told = str(error.value)
+        assert placement.tables.fingerprint in told and given.fingerprint in told
+        assert "'t_v' with 2000 rows" in told and "'t_v' with 2001 rows" in told
+    assert not (tmp_path / "new").exists(), "nothing was written"
+
+
+def test_percent_budget(tmp_path: Path) -> None:
+    row_bytes = 4 * 4 + 4  # four fp32 and the row-wise state
+    total = sum(ROWS.values()) * row_bytes
+    for budget, expected in (("20%", int(total * 0.2)), ("100%", total), ("2KiB", 2048)):
+        config = new_config(tmp_path, f"placement.budget={budget}")
+        hot_set = make_hot_set(config, profile_of(config))
+        assert hot_set.budget_bytes == expected
+        assert ROWS["u"] * row_bytes <= hot_set.used_bytes <= expected
+    config = new_config(tmp_path, "placement.budget=799B")
+    with pytest.raises(BudgetError, match=r"799 bytes cannot hold the 1 pinned tables, which need 800 bytes"):
+        make_hot_set(config, profile_of(config))
+
+
+def test_placement_is_kept(tmp_path: Path) -> None:
+    config = new_config(tmp_path)
+    placement = prepare(config, "fae", 1)
+    assert sorted(os.listdir(tmp_path / "out")) == ["placement.npz", "profile.npz"], "and no temporary file"
+    named = new_config(tmp_path, f"placement.path={tmp_path / 'out' / 'placement.npz'}", f"output={tmp_path / 'new'}")
+    again = prepare(named, "fae", 1)
+    assert again.fingerprint == placement.fingerprint == RowPlacement.load(tmp_path / "new" / "placement.npz").fingerprint
+    assert os.listdir(tmp_path / "new") == ["placement.npz"], "no profile is needed"
+
+
+def test_output_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = new_config(tmp_path, f"output={tmp_path / 'file' / 'out'}")
+    with pytest.raises(ConfigError, match="output: cannot make the folder"):
+        make_placement(config, *_tables_and_hot_set(new_config(tmp_path), config))
+
+
+def _tables_and_hot_set(readable: RunConfig, config: RunConfig) -> tuple[Any, Any]:
+    profile = profile_of(readable)
+    return profile.tables, make_hot_set(config, profile)
+
+
+@pytest.mark.parametrize(
+    ("override", "names", "ranks", "message"),
+    [
+        ("train.optimizer=adam", ["stock", "fae"], 2, "optimized by adam"),
+        ("train.optimizer=adam", ["stock"], 2, None),
+        ("train.optimizer=adagrad", ["stock", "fae"], 2, None),
+        ("train.device=cuda", ["stock"], 3, "this machine, which has 2 CUDA"),
+        ("train.batch_size=8", ["fae"], TEST_SAMPLES + 1, f"the test data hold {TEST_SAMPLES} sample"),
+        ("data.parquet.test=bad_id.parquet", ["fae"], 1, r"column 'w', row 150 .* id 500 is out of range; allowed 0\.\.499"),
+        ("data.parquet.test=bad_label.parquet", ["stock"], 1, "must be 0 or 1, received 3"),
+    ],
+)
+def test_what_is_checked_before_training(
+    override: str, names: Sequence[str], ranks: int, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    write_parquet(tmp_path / "bad_id.parquet", TEST_SAMPLES, changes={"w": (150, 500)})
+    write_parquet(tmp_path / "bad_label.parquet", TEST_SAMPLES, changes={"y": (150, 3)})
+    config = new_config(tmp_path, override)
+    data = open_data(config)
+    placement, _ = make_placement(config, experiment_tables(config, data), make_hot_set(config, profile_of(config)))
+    if message is None:
+        check_run(config, data, placement, names, ranks)
+        return
+    with pytest.raises(Exception, match=message) as error:
+        check_run(config, data, placement, names, ranks)
+    assert isinstance(error.value, (ConfigError, DataError)) or type(error.value).__name__ == "PlannerError"
+
+
+def _entry(samples_by_kind: dict[str, int], kinds: dict[str, KindAudit], placement: RowPlacement | None) -> dict[str, Any]:
+    result = TrainResult(
+        samples_per_s=1.0,
+        samples_per_s_spread=(1.0, 1.0),
+        train_loss=0.5,
+        loss_curve=[(1, 0.5)],
+        test=Scores(0.5, 0.5, 0.5, 1),
+        samples_by_kind=samples_by_kind,
+        steps_by_kind={kind: count // 10 for kind, count in samples_by_kind.items()},
+        swap_losses=[],
+        wall_s=1.0,
+    )
+    return _report_entry("fae", 2, placement, result, kinds)
+
+
+def test_audit_is_weighted_as_the_run(tmp_path: Path) -> None:
+    placement = prepare(new_config(tmp_path), "fae", 1)
+    kinds = {
+        "hot": KindAudit(steps=4, samples=40, hot_samples=40, crossed_bytes=400),
+        "cold": KindAudit(steps=1, samples=10, cold_rows=30, cold_bytes=600, crossed_bytes=1000, forward_ms=3.0),
+        "mixed": KindAudit(steps=1, samples=5, hot_samples=2, cold_rows=6, cold_bytes=120, crossed_bytes=600, input_dist_ms=8.0),
+    }
+    entry = _entry({"hot": 600, "cold": 300, "mixed": 100}, kinds, placement)
+    assert entry["hot_inputs"] == pytest.approx(0.6 + 0.1 * 2 / 5)
+    assert entry["hot_batches"] == 0.6
+    assert entry["bytes_crossed_per_sample"] == pytest.approx(0.6 * 10 + 0.3 * 100 + 0.1 * 120)
+    assert entry["cold_rows_per_sample"] == pytest.approx(0.3 * 3 + 0.1 * 6 / 5)
+    assert entry["cold_bytes_per_sample"] == pytest.approx(0.3 * 60 + 0.1 * 24)
+    assert entry["breakdown"]["cold"] == {"input_dist": 0, "forward": 3.0, "backward": 0, "optimizer": 0}
+    assert entry["breakdown"]["mixed"]["input_dist"] == 8.0
+    assert entry["fast_memory_bytes"] == placement.hot_bytes
+    json.dumps(entry)
+    # A kind that the audited batches had none of: the other that uses both tiers stands for it; for hot, the average of all.
+    cold, hot, mixed = kinds["cold"], kinds["hot"], kinds["mixed"]
+    assert _entry({"hot": 10, "cold": 10}, {"hot": hot, "mixed": mixed}, placement)["cold_rows_per_sample"] == 0.6
+    assert _entry({"hot": 10}, {"cold": cold, "mixed": mixed}, placement)["cold_rows_per_sample"] == pytest.approx(36 / 15)
+    stock = _entry({"mixed": 10}, {"mixed": kinds["mixed"]}, None)
+    assert (stock["hot_inputs"], stock["hot_batches"], stock["fast_memory_bytes"]) == (None, None, 0)
+
+
+# name -> (placement, overrides, full batches of one and of two ranks)
+RUNS: dict[str, tuple[str, list[str], tuple[int, int]]] = {
+    "stock": ("stock", [], (22, 11)),
+    "unsegregated": ("fae-unsegregated", [], (22, 11)),
+    "fae": ("fae", [], (22, 11)),
+    "two epochs": ("fae", ["train.epochs=2", "train.swap_eval_batches=0"], (44, 22)),
+    "windows": ("fae", ["schedule.window_batches=3"], (22, 11)),
+    "proportional": ("fae", ["schedule.policy=proportional", "schedule.window_batches=5"], (22, 11)),
+    "fixed": ("fae", ["schedule.policy=fixed", "schedule.rate=10"], (22, 11)),
+    "stock policy": ("fae", ["schedule.policy=stock"], (22, 11)),
+    "one step": ("fae", ["train.steps=1"], (1, 1)),
+    "few steps": ("fae", ["train.steps=6", "schedule.window_batches=2", "train.optimizer=sgd"], (6, 6)),
+    "stock, few steps": ("stock", ["train.steps=6", "train.epochs=3"], (6, 6)),
+}
+
+
+def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for name, (placed, overrides, _) in RUNS.items():
+        config = new_config(Path(folder), *overrides, "train.batch_size=32")
+        placement = RowPlacement.load(Path(folder, "out", "placement.npz"))
+        entries[name] = run_placement(rank, config, placed, placement, False)
+    return entries
+
+
+@cache
+def entries(ranks: int) -> list[dict[str, dict[str, Any]]]:
+    with TemporaryDirectory() as folder:
+        prepare(new_config(Path(folder)), "fae", ranks)
+        return run_on_local_ranks(_run_all, ranks, folder, timeout_s=240)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", RUNS)
+def test_runs(name: str, ranks: int) -> None:
+    for rank in entries(ranks):
+        entry = rank[name]
+        expected = entries(ranks)[0][name]
+        clocks = ("breakdown", "audit", "wall_s")  # milliseconds differ between runs, not between ranks; wall_s does
+        assert {k: v for k, v in entry.items() if k not in clocks} == {k: v for k, v in expected.items() if k not in clocks}
+        assert entry["audit"] == expected["audit"]
+        epochs = 2 if name == "two epochs" else 1
+        steps = RUNS[name][2][ranks - 1]
+        assert entry["ranks"] == ranks
+        if "train.steps" in str(RUNS[name][1]):
+            assert entry["steps"] == steps
+        else:  # the leftovers of hot and cold samples may need one more step in an epoch than the samples in stream order
+            assert steps <= entry["steps"] <= steps + epochs
+        if "train.steps" not in str(RUNS[name][1]):
+            assert entry["samples"] == epochs * (TRAIN_SAMPLES // ranks * ranks)
+        assert sum(entry["steps_by_kind"].values()) == entry["steps"]
+        segregated = RUNS[name][0] == "fae" and name != "stock policy"
+        assert ("hot" in entry["steps_by_kind"]) == (segregated and name != "one step")
+        assert 0.3 < entry["test_logloss"] < 1.0
+        assert (entry["hot_inputs"] is None) == (RUNS[name][0] == "stock")
+        assert bool(entry["swap_losses"]) == (name in ("fae", "windows", "few steps"))
+        assert (entry["bytes_crossed_per_sample"] > 0) == (ranks > 1)
+    per_sample = {run: entries(ranks)[0][run]["cold_rows_per_sample"] for run in ("stock", "unsegregated")}
+    assert per_sample["stock"] == pytest.approx(len(ROWS)), "three one-hot lookups, all cold"
+    assert 0 < per_sample["unsegregated"] < per_sample["stock"]
