@@ -67,7 +67,8 @@ class Calibrator:
             The profile of the sampled inputs.
 
         Raises:
-            DataError: nothing was sampled, or everything was at a rate below 1, a feature is missing, or an id, sampled or not, is not a row of its table.
+            DataError: nothing was sampled (or, at a rate below 1, everything was), a feature is missing, or an id, sampled or not, is
+                not a row of its table.
         """
         rng = np.random.default_rng(self.seed)
         histograms = {table.name: AccessHistogram(table.rows) for table in self.tables}

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+from torchrec.distributed.planner.types import PlannerError
+
+from fae_torchrec.core.errors import FAEError
 
 _POLL_S = 1.0
 

@@ -79,9 +79,9 @@ _NOTES = {
         "sees the samples in another order: compare its AUC with the difference that another seed would make."
     ),
     "Speed": (
-        "Samples/s is the whole run's, with its range over fifths of the run. Where two ranges overlap, the runs show no difference. On a "
-        "machine without a GPU the hot and the cold tier are the same memory and the ranks share one processor, so samples/s is what the method costs, not "
-        "what fast memory gains; bytes and rows per sample are counted, not timed, and hold on any machine."
+        "Samples/s is the whole run's, with its range over fifths of the run. Where two ranges overlap, the runs show no difference. On "
+        "a machine without a GPU the hot and the cold tier are the same memory and the ranks share one processor, so samples/s is what "
+        "the method costs, not what fast memory gains; bytes and rows per sample are counted, not timed, and hold on any machine."
     ),
     "Fast memory": (
         "Weights and optimizer state per rank. stock has no budget: what its plan keeps in fast memory counts in full. The hot tier is "

@@ -68,7 +68,7 @@ COLUMNS = (
         str,
         "stock: TorchRec's own planner; fae: hot and cold rows and batches; fae-unsegregated: hot and cold rows, stock batch order",
     ),
-    Column("samples/s", "samples_per_s", count_text, "samples trained per second, all ranks together: the whole run's, and the range over fifths of it"),
+    Column("samples/s", "samples_per_s", count_text, "samples trained per second, all ranks together: of the run, and over its fifths"),
     Column("hot inputs %", "hot_inputs", percent_text, "share of the samples whose every id is hot"),
     Column("hot batches %", "hot_batches", percent_text, "share of the steps that left the cold tier alone"),
     Column("fast-memory bytes", "fast_memory_bytes", bytes_text, "per rank: weights and optimizer state of embeddings in fast memory"),
