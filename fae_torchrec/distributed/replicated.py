@@ -36,6 +36,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Multistreamable
 
 from fae_torchrec.core.errors import HotBatchError
+from fae_torchrec.distributed.distinct_slots import distinct_slots, positions_among
 from fae_torchrec.distributed.process_group import all_gather_single
 from fae_torchrec.modules.pooling import block_permutation
 
@@ -107,6 +108,7 @@ class ReplicatedHotTier:
         # All slots in one sequence, in the kernels' order of tables, so that the union is one sorted tensor.
         first_slot = torch.tensor([0, *(table.num_embeddings for table in ordered)]).cumsum(0)
         table_of_lookup = torch.tensor([i for i, table in enumerate(ordered) for _ in keys[table.name]])
+        self.num_slots = int(first_slot[-1])
         self.first_slot = first_slot.to(device)
         self._first_slot_of_lookup = first_slot[table_of_lookup].to(device)
         self._rows_of_lookup = first_slot.diff()[table_of_lookup].to(device)
@@ -196,7 +198,7 @@ class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
     ) -> None:
         super().__init__()
         self._tier, self._ctx, self._slots, self._mine = tier, ctx, slots, mine
-        self._unique: torch.Tensor = mine.unique()  # type: ignore[no-untyped-call]
+        self._unique = distinct_slots(mine, tier.num_slots)
         kind = torch.full((1,), int(hot), dtype=torch.int64, device=mine.device)
         counts = torch.cat([torch.full_like(kind, self._unique.numel()), misses, kind])
         self._counts = counts.new_empty(dist.get_world_size(tier.group) * counts.numel())
@@ -225,19 +227,20 @@ class _UnionAwaitable(Awaitable[KeyedJaggedTensor]):
         super().__init__()
         self._tier, self._ctx, self._slots, self._mine, self._per_rank = tier, ctx, slots, mine, counts
         longest = max(counts)
-        self._sent = torch.nn.functional.pad(unique, (0, longest - unique.numel()))
-        self._slots_of_all = unique.new_empty(len(counts) * longest)
+        # Half the bytes; a hot tier of 2**31 rows would fit no device.
+        self._sent = torch.nn.functional.pad(unique.to(torch.int32), (0, longest - unique.numel()))
+        self._slots_of_all = self._sent.new_empty(len(counts) * longest)
         self._work = all_gather_single(self._slots_of_all, self._sent, group=tier.group, async_op=True)
 
     def _wait_impl(self) -> KeyedJaggedTensor:
         self._work.wait()
         per_rank = self._slots_of_all.view(len(self._per_rank), -1)
         of_all = torch.cat([slots[:count] for slots, count in zip(per_rank, self._per_rank, strict=True)])
-        union: torch.Tensor = of_all.unique()  # type: ignore[no-untyped-call]
+        union = distinct_slots(of_all.to(torch.int64), self._tier.num_slots)
         slots = self._slots
         self._ctx.bags = KeyedJaggedTensor(
             keys=slots.keys(),
-            values=torch.searchsorted(union, self._mine),
+            values=positions_among(union, self._mine, self._tier.num_slots),
             lengths=slots.lengths(),
             weights=slots.weights_or_none(),
             stride=slots.stride(),
