@@ -25,8 +25,9 @@ demo: $(STAMP) ## profile, place, train hot/cold and compare with stock TorchRec
 test: $(STAMP) ## the whole suite
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff and mypy --strict
+lint: $(STAMP) ## ruff (rules and format) and mypy --strict
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 env: $(STAMP) ## the environment alone

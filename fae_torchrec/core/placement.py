@@ -156,6 +156,4 @@ class RowPlacement:
             DataError: the file is damaged or holds something else.
             FingerprintError: the content is not what was saved.
         """
-        return load_archive(
-            path, _KIND, lambda fields, arrays: cls(**{**fields, "tables": TableSet.from_json(fields["tables"]), **arrays})
-        )
+        return load_archive(path, _KIND, lambda fields, arrays: cls(**{**fields, "tables": TableSet.from_json(fields["tables"]), **arrays}))

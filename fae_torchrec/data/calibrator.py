@@ -49,9 +49,7 @@ class Calibrator:
         self.seed = seed
         self.probe_size = probe_size
 
-    def run(
-        self, batches: Iterable[Batch], *, source: str = "", progress: bool = False, total: int | None = None
-    ) -> PopularityProfile:
+    def run(self, batches: Iterable[Batch], *, source: str = "", progress: bool = False, total: int | None = None) -> PopularityProfile:
         """Reads all batches once.
 
         Memory is 8 bytes per row of all tables, and about twice the probe. Counting costs what the sampled ids cost; every id is

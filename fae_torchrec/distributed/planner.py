@@ -22,7 +22,7 @@ from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer, TableKind, TableSet
 from fae_torchrec.distributed.constraints import cold_constraints
 from fae_torchrec.distributed.local_ranks import from_first_rank
-from fae_torchrec.distributed.sharded_embedding_bag import FAEModuleShardingPlan
+from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
 

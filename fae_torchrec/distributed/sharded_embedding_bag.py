@@ -16,7 +16,6 @@ from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import (
     Awaitable,
-    EmbeddingModuleShardingPlan,
     LazyAwaitable,
     LazyGetItemMixin,
     QuantizedCommCodecs,
@@ -32,31 +31,11 @@ from fae_torchrec.core.tables import TableKind
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.distributed.fused_optimizer import HotColdFusedOptimizer, HotTierOptimizer
 from fae_torchrec.distributed.homes import Homes, local_tables
+from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.process_group import sum_of_disjoint
 from fae_torchrec.distributed.replicated import HotContext, ReplicatedHotTier
 from fae_torchrec.modules.pooling import block_permutation, combine_tiers
 from fae_torchrec.modules.tier_split import Lookup, TierSplit, tier_configs
-
-
-class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
-    """A stock module plan for the cold tier plus the row placement; what tells the sharder to build the hot/cold module.
-
-    Attributes:
-        placement: where the rows of this module's tables live.
-    """
-
-    placement: RowPlacement
-
-    def __bool__(self) -> bool:
-        """Always true: DistributedModelParallel leaves a module with a false plan unsharded, and no cold table is a plan too."""
-        return True
-
-    @classmethod
-    def attach(cls, stock: Mapping[str, Any], placement: RowPlacement) -> FAEModuleShardingPlan:
-        """Adds a placement to a stock plan that covers the split and all-cold tables."""
-        plan = cls(stock)
-        plan.placement = placement
-        return plan
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from fae_torchrec.distributed.sharded_embedding_bag import FAEModuleShardingPlan, ShardedFAEEmbeddingBagCollection
+from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
+from fae_torchrec.distributed.sharded_embedding_bag import ShardedFAEEmbeddingBagCollection
 
 
 class FAEEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):

@@ -75,9 +75,7 @@ def test_proportional_is_never_a_batch_ahead(n_cold: int, n_hot: int) -> None:
 
 
 @given(st.sampled_from(["fae", "fixed", "proportional"]), COUNT, COUNT, RATE, st.lists(st.floats(0, 3, width=16), max_size=12))
-def test_every_batch_once_in_turns_whatever_the_feedback(
-    policy: Policy, n_cold: int, n_hot: int, rate: float, losses: list[float]
-) -> None:
+def test_every_batch_once_in_turns_whatever_the_feedback(policy: Policy, n_cold: int, n_hot: int, rate: float, losses: list[float]) -> None:
     schedule = ShuffleSchedule(policy, rate=rate, patience=2)
     phases = []
     feedback = iter(losses)

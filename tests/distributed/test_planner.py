@@ -25,8 +25,9 @@ from fae_torchrec.core.errors import FingerprintError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
+from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.planner import FAEShardingPlanner
-from fae_torchrec.distributed.sharded_embedding_bag import FAEModuleShardingPlan, ShardedFAEEmbeddingBagCollection
+from fae_torchrec.distributed.sharded_embedding_bag import ShardedFAEEmbeddingBagCollection
 from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
 from tests.distributed.small_model import Case, new_batch, new_model, placement_of, shard, train, whole_tensors
