@@ -125,7 +125,8 @@ def _prepare(arguments: argparse.Namespace, config: Any) -> int:
         f"{path}: placement {placement.fingerprint}",
         f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot, "
         f"the budget is {bytes_text(placement.budget_bytes)} a rank",
-        f"hot inputs {percent_text(placement.hot_inputs)} % of samples, coverage {percent_text(placement.coverage)} % of the counted accesses",
+        f"hot inputs {percent_text(placement.hot_inputs)} % of samples",
+        f"coverage {percent_text(placement.coverage)} % of the counted accesses",
         *(
             f"  {row['table']:<24} {row['kind']:<6} {row['hot_rows']:>12,} of {row['rows']:>12,} rows  {bytes_text(row['bytes_hot']):>10}"
             for row in described["per_table"]
