@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,7 +30,7 @@ class KindAudit:
         steps: steps times ranks.
         samples: samples.
         hot_samples: samples that are all hot (0 without a placement).
-        crossed_bytes: bytes that left a rank for another.
+        crossed_bytes: bytes that left a rank for another; NaN if a collective was called whose bytes cannot be counted.
         cold_rows: rows looked up outside the hot tier, repeats counted.
         cold_bytes: bytes of these rows with their optimizer state; backward touches as many again.
         input_dist_ms: time of the input dist alone, start to end, not overlapped.
@@ -76,6 +77,7 @@ def audit(
         Sums by kind ("hot", "cold", "mixed"), the same on every rank.
     """
     kinds: dict[str, KindAudit] = {}
+    uncounted: set[str] = set()
     model.train()
     for name, batch in with_kinds(loader):
         kind = kinds.setdefault(name, KindAudit())
@@ -90,8 +92,15 @@ def audit(
         with counter:
             _step(model, optimizer, batch, device, KindAudit())
         kind.crossed_bytes += counter.total_bytes
+        uncounted |= counter.uncounted.keys()
         kind.input_dist_ms += _input_dist_ms(model, batch, device)
         _step(model, optimizer, batch, device, kind)
+    if uncounted and group.rank() == 0:  # the run is over: what it gave must not be lost for a figure
+        warnings.warn(
+            f"the collectives {sorted(uncounted)} have no byte count, so the bytes between ranks are not known; "
+            "add them to fae_torchrec.training.traffic",
+            stacklevel=2,
+        )
     for kind in kinds.values():
         kind.forward_ms = max(kind.forward_ms - kind.input_dist_ms, 0.0)  # forward runs an input dist of its own
     return {name: _summed(kind, device, group) for name, kind in kinds.items()}

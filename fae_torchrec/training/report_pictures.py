@@ -171,7 +171,11 @@ def _bars(axis: Axes, runs: Sequence[Mapping[str, Any]], key: str, title: str) -
         if spread:
             axis.plot(spread, [position, position], color=_INK, linewidth=1.2, marker="|", markersize=7)
         axis.annotate(
-            _count(value), (max(value, spread[1]) if spread else value, position), xytext=(5, 0), textcoords="offset points", va="center"
+            "not known" if run.get(key) is None else _count(value),  # no bar is no claim of nothing
+            (max(value, spread[1]) if spread else value, position),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
         )
     axis.set_yticks(positions, [_label(run) for run in runs])
     axis.invert_yaxis()

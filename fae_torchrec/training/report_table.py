@@ -76,7 +76,7 @@ COLUMNS = (
         "bytes crossed ranks / sample",
         "bytes_crossed_per_sample",
         count_text,
-        "embedding traffic between ranks: ids, pooled rows, gradients",
+        "all collectives: ids, pooled rows, gradients, the dense part's too (the same in every run)",
     ),
     Column("cold rows / sample", "cold_rows_per_sample", _decimals(2), "rows looked up outside the hot tier"),
     Column("cold bytes / sample", "cold_bytes_per_sample", count_text, "bytes of those rows"),

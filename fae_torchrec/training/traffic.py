@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
 
     Bytes are those that leave this rank in the usual algorithms: all to all sends the parts of other ranks; all-gather its input to n-1
     ranks; all-reduce in a ring 2(n-1)/n of the tensor, reduce-scatter (n-1)/n of its input; a broadcast is counted as (n-1)/n of the
-    tensor on every rank, since n-1 copies cross in all. A collective without a rule here is an error, never a silent zero.
+    tensor on every rank, since n-1 copies cross in all. A collective without a rule here makes the total unknown, never a silent zero.
 
     Args:
         rank: this rank.
@@ -24,6 +25,7 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
     Attributes:
         calls: number of calls by collective.
         sent_bytes: bytes that left this rank, by collective.
+        uncounted: number of calls by collective that has no rule.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -32,20 +34,26 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         self._world_size = world_size
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
+        self.uncounted: Counter[str] = Counter()
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes that left this rank."""
-        return self.sent_bytes.total()
+    def total_bytes(self) -> float:
+        """Bytes that left this rank; NaN if a collective without a rule was called."""
+        return math.nan if self.uncounted else self.sent_bytes.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if "c10d" in func.namespace:  # _c10d_functional's too: they would be missed, so they have no rule
             name = func.name().removeprefix("c10d::").split(".")[0].strip("_")
             self.calls[name] += 1
-            self.sent_bytes[name] += self._sent(name, args)
+            sent = self._sent(name, args)
+            if sent is None:
+                self.uncounted[name] += 1
+            else:
+                self.sent_bytes[name] += sent
         return func(*args, **(kwargs or {}))
 
-    def _sent(self, name: str, args: tuple[Any, ...]) -> int:
+    def _sent(self, name: str, args: tuple[Any, ...]) -> int | None:
+        """Bytes that one call sends from this rank, or None for a collective without a rule."""
         others = self._world_size - 1
         if name in ("barrier", "monitored_barrier", "check_for_nan"):
             return 0
@@ -58,7 +66,7 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         if name in _PER_BYTE:
             source, share = _PER_BYTE[name]
             return int(_bytes(args[source]) * share(others, self._world_size))
-        raise NotImplementedError(f"the collective {name!r} has no byte count yet; add it to fae_torchrec.training.traffic")
+        return None
 
 
 _PER_BYTE: Mapping[str, tuple[int, Callable[[int, int], float]]] = {

@@ -258,6 +258,12 @@ def test_breakdown_has_a_bar_for_every_kind(report: dict[str, Any]) -> None:
         assert f">{label}<" in svg, label
 
 
+def test_an_unknown_figure_is_not_drawn_as_zero(report: dict[str, Any]) -> None:
+    assert "not known" not in html_report(report)
+    report["runs"][1]["bytes_crossed_per_sample"] = None
+    assert "not known" in html_report(report)
+
+
 @pytest.mark.parametrize("missing", ["data", "profile", "placement", "versions", "hardware", "config", "command", "created"])
 def test_parts_may_be_missing(report: dict[str, Any], missing: str) -> None:
     values = {key: value for key, value in report.items() if key != missing}
