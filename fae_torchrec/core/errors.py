@@ -29,3 +29,11 @@ class FingerprintError(FAEError, ValueError):
 
 class HotBatchError(FAEError, RuntimeError):
     """A batch promised to be hot is not, or the ranks disagree about the kind of a step."""
+
+
+class StateError(FAEError, RuntimeError):
+    """A saved state does not fit the model: a key is missing or unexpected, a tensor has another shape."""
+
+
+class ReplicaError(FAEError, RuntimeError):
+    """The replicas of the hot rows differ between ranks."""

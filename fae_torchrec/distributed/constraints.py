@@ -1,10 +1,10 @@
-"""What the stock planner may choose for the cold tier: the one table of (tier, device) -> sharding types and kernels."""
+"""What the stock planner may choose for each tier: the one table of (tier, device) -> sharding types and kernels."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
@@ -22,38 +22,71 @@ class TierOptions:
     kernels: tuple[str, ...]
 
 
+_FUSED = (EmbeddingComputeKernel.FUSED.value,)
+_BY_TABLE = (ShardingType.TABLE_WISE.value,)
 # Not column-wise: a column shard keeps a row-wise optimizer state of its own, and a hot row has one for all its columns.
 _BY_ROW = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 COLD_TIERS: Mapping[tuple[str, str], TierOptions] = {
-    ("host", "cpu"): TierOptions((ShardingType.TABLE_WISE.value,), (EmbeddingComputeKernel.FUSED.value,)),
+    ("host", "cpu"): TierOptions(_BY_TABLE, _FUSED),
     ("uvm", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM.value,)),
     ("uvm_caching", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,)),
 }
 DEFAULT_COLD_TIER: Mapping[str, str] = {"cpu": "host", "cuda": "uvm_caching"}
+# Replicated rows are on every rank; what stands there is for the homes of all-hot tables. TorchRec shards no pooled table by row on a CPU.
+HOT_TIERS: Mapping[tuple[str, str], TierOptions] = {
+    ("replicated", "cpu"): TierOptions(_BY_TABLE, _FUSED),
+    ("replicated", "cuda"): TierOptions(_BY_TABLE, _FUSED),
+    ("table_wise", "cpu"): TierOptions(_BY_TABLE, _FUSED),
+    ("table_wise", "cuda"): TierOptions(_BY_TABLE, _FUSED),
+    ("row_wise", "cuda"): TierOptions((ShardingType.ROW_WISE.value,), _FUSED),
+}
+
+
+def cold_options(cold_tier: str, device_type: str) -> TierOptions:
+    """What a cold tier may be on a device.
+
+    Args:
+        cold_tier: "host", "uvm", "uvm_caching", or "auto" for the device's default.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        PlannerError: the tier does not exist on the device.
+    """
+    tier = DEFAULT_COLD_TIER.get(device_type, "") if cold_tier == "auto" else cold_tier
+    if (tier, device_type) not in COLD_TIERS:
+        raise _no_such_tier("cold", cold_tier, device_type, COLD_TIERS, " or 'auto'")
+    return COLD_TIERS[tier, device_type]
+
+
+def hot_options(hot_tier: str, device_type: str) -> TierOptions:
+    """What a hot tier may be on a device.
+
+    Args:
+        hot_tier: "replicated", "table_wise" or "row_wise".
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        PlannerError: the tier does not exist on the device.
+    """
+    if (hot_tier, device_type) not in HOT_TIERS:
+        raise _no_such_tier("hot", hot_tier, device_type, HOT_TIERS)
+    return HOT_TIERS[hot_tier, device_type]
 
 
 def cold_constraints(
-    placement: RowPlacement, device_type: str, cold_tier: str = "auto", given: Mapping[str, ParameterConstraints] | None = None
+    placement: RowPlacement, options: TierOptions, given: Mapping[str, ParameterConstraints] | None = None
 ) -> dict[str, ParameterConstraints]:
     """Constraints under which the stock planner plans the cold tier.
 
     Args:
         placement: where the rows live.
-        device_type: "cpu" or "cuda".
-        cold_tier: "host", "uvm", "uvm_caching", or "auto" for the device's default.
-        given: the user's own constraints by table; their sharding types and kernels are kept where the tier allows them.
+        options: what the cold tier may be.
+        given: the user's own constraints by table; their sharding types and kernels are kept where the tier allows them, and those of
+            tables that the placement does not know as they are.
 
     Raises:
-        PlannerError: the tier does not exist on the device, or the given constraints leave a table nothing to choose.
+        PlannerError: the given constraints leave a table nothing to choose.
     """
-    tier = DEFAULT_COLD_TIER.get(device_type, "") if cold_tier == "auto" else cold_tier
-    if (tier, device_type) not in COLD_TIERS:
-        allowed = [f"{name} on {device}" for name, device in COLD_TIERS]
-        raise PlannerError(
-            f"there is no cold tier {cold_tier!r} on device {device_type!r}; choose one of {allowed} or 'auto'",
-            PlannerErrorType.INPUT_VALIDATION,
-        )
-    options = COLD_TIERS[tier, device_type]
     constraints = dict(given or {})
     for table in placement.tables:
         if placement.kind(table.name) is TableKind.HOT:
@@ -65,12 +98,45 @@ def cold_constraints(
     return constraints
 
 
+def hot_constraints(
+    placement: RowPlacement, options: TierOptions, given: Mapping[str, ParameterConstraints] | None = None
+) -> dict[str, ParameterConstraints]:
+    """Constraints under which the stock planner plans sharded hot rows: the tier's own choice, with the user's word on the features.
+
+    Args:
+        placement: where the rows live.
+        options: what the hot tier may be.
+        given: the user's own constraints by table; what they say of sharding types, kernels and caches is the cold tier's.
+    """
+    return {
+        table.name: replace(
+            copy.deepcopy((given or {}).get(table.name, ParameterConstraints())),
+            sharding_types=list(options.sharding_types),
+            compute_kernels=list(options.kernels),
+            cache_params=None,
+            min_partition=None,
+        )
+        for table in placement.tables
+        if placement.hot_rows(table.name)
+    }
+
+
+def _no_such_tier(
+    what: str, tier: str, device_type: str, tiers: Mapping[tuple[str, str], TierOptions], otherwise: str = ""
+) -> PlannerError:
+    allowed = [f"{name} on {device}" for name, device in tiers]
+    return PlannerError(
+        f"there is no {what} tier {tier!r} on device {device_type!r}; choose one of {allowed}{otherwise}",
+        PlannerErrorType.INPUT_VALIDATION,
+    )
+
+
 def _allowed(table: str, what: str, given: list[str] | None, offered: tuple[str, ...]) -> list[str]:
     both = [value for value in offered if not given or value in given]
     if not both:
         raise PlannerError(
             f"table {table!r}: constraints allow the {what} {given}, its cold tier offers {list(offered)}; add one of these, or leave the "
-            "table out of the placement",
+            "table to stock sharding (stock_tables)",
             PlannerErrorType.STRICT_CONSTRAINTS,
         )
     return both

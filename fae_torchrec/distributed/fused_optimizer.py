@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,36 +13,38 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 class HotTierOptimizer(FusedOptimizer):
     """A fused optimizer of hot rows that shows only all-hot tables: a split table is shown by its home.
 
-    Its parameter group is always there, so a learning-rate schedule that walks the groups reaches the hot tier on every rank, also
+    Its parameter groups are always there, so a learning-rate schedule that walks the groups reaches the hot tier on every rank, also
     on one where no home lies.
 
     Args:
-        inner: the fused optimizer of one kernel of the hot tier.
-        visible: names of the all-hot tables.
+        inner: the fused optimizer of the hot tier's kernels.
+        shown: stock-shaped optimizers of all-hot tables whose home lies on this rank, with the stock key of each parameter of theirs.
     """
 
-    def __init__(self, inner: FusedOptimizer, visible: Iterable[str]) -> None:
+    def __init__(self, inner: KeyedOptimizer, shown: Mapping[str, KeyedOptimizer]) -> None:
         self._inner = inner
-        keys = {f"{table}.weight": f"embedding_bags.{table}.weight" for table in visible}
-        params = {keys[key]: param for key, param in inner.params.items() if key in keys}
-        state = {param: inner.state[param] for param in params.values()}
-        super().__init__(params, state, [{"params": list(params.values()), "lr": inner.param_groups[0]["lr"]}])
+        params = {key: next(iter(optimizer.params.values())) for key, optimizer in shown.items()}
+        state = {params[key]: optimizer.state[params[key]] for key, optimizer in shown.items()}
+        groups = [{"params": [], "lr": group["lr"]} for group in inner.param_groups]
+        groups[0]["params"] = list(params.values())
+        super().__init__(params, state, groups)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Hands the group's learning rate to the kernel, as TorchRec's EmbeddingFusedOptimizer does."""
+        """Hands the groups' learning rates to the kernels, as TorchRec's EmbeddingFusedOptimizer does."""
         self.step()
 
     def step(self, closure: Any = None) -> None:
-        """Hands the group's learning rate to the kernel; the update itself runs in backward."""
-        self._inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        """Hands the groups' learning rates to the kernels; the update itself runs in backward."""
+        for mine, group in zip(self.param_groups, self._inner.param_groups, strict=True):
+            group["lr"] = mine["lr"]
         self._inner.step()
 
     def set_optimizer_step(self, step: int) -> None:
-        """Hands the step count to the kernel, as TorchRec's EmbeddingFusedOptimizer does."""
+        """Hands the step count to the kernels, as TorchRec's EmbeddingFusedOptimizer does."""
         self._inner.set_optimizer_step(step)
 
     def update_hyper_parameters(self, params_dict: dict[str, Any]) -> None:
-        """Hands hyperparameters to the kernel, as TorchRec's EmbeddingFusedOptimizer does."""
+        """Hands hyperparameters to the kernels, as TorchRec's EmbeddingFusedOptimizer does."""
         self._inner.update_hyper_parameters(params_dict)
 
 
@@ -53,18 +55,18 @@ class HotColdFusedOptimizer(CombinedOptimizer):
     loading is done by all ranks).
 
     Args:
-        hot: one optimizer per kernel of the hot tier.
-        cold: the stock optimizer of the cold tier.
+        hot: the hot tier's optimizers.
+        stock: the optimizers of the cold tier and of the tables left to stock sharding.
         write_back: copies hot rows home.
         promote: copies homes to the hot tier.
     """
 
     def __init__(
-        self, hot: list[HotTierOptimizer], cold: KeyedOptimizer | None, write_back: Callable[[], None], promote: Callable[[], None]
+        self, hot: list[HotTierOptimizer], stock: list[KeyedOptimizer], write_back: Callable[[], None], promote: Callable[[], None]
     ) -> None:
         self._write_back = write_back
         self._promote = promote
-        super().__init__([*hot, *([cold] if cold is not None else [])])
+        super().__init__([*hot, *stock])
 
     @property
     def state(self) -> Mapping[torch.Tensor, Any]:

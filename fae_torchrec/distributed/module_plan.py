@@ -1,31 +1,47 @@
-"""The plan of one hot/cold collection: a stock plan for its cold tier, and its row placement."""
+"""The plan of one hot/cold collection: where every table's home lies, where its hot rows lie, and its row placement."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from torchrec.distributed.types import EmbeddingModuleShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding
 
 from fae_torchrec.core.placement import RowPlacement
 
 
 class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
-    """A stock module plan for the cold tier plus the row placement; what tells the sharder to build the hot/cold module.
+    """A stock module plan of the tables' homes plus what tells the sharder to build the hot/cold module.
+
+    As a mapping it names every table of the collection: split and all-cold tables with the cold tier's sharding; all-hot tables, which
+    the cold tier does not hold, with the one rank that owns the home (or with their hot rows' own sharding, where that is sharded); and
+    tables left to stock, which the placement does not know, with their stock sharding.
+
+    Args:
+        homes: sharding of every table's home, by table.
+        placement: where the rows of this module's tables live; it may know tables of other modules.
+        hot_tier: "replicated", "table_wise" or "row_wise".
+        hot: sharding of the hot rows [hot rows, dim] by table, for hot and split tables; nothing if they are replicated.
 
     Attributes:
-        placement: where the rows of this module's tables live.
+        placement: as given.
+        hot_tier: as given.
+        hot: as given.
     """
 
     placement: RowPlacement
+    hot_tier: str
+    hot: EmbeddingModuleShardingPlan
+
+    def __init__(
+        self,
+        homes: Mapping[str, ParameterSharding],
+        placement: RowPlacement,
+        hot_tier: str = "replicated",
+        hot: Mapping[str, ParameterSharding] | None = None,
+    ) -> None:
+        super().__init__(homes)
+        self.placement, self.hot_tier, self.hot = placement, hot_tier, EmbeddingModuleShardingPlan(hot or {})
 
     def __bool__(self) -> bool:
-        """Always true: DistributedModelParallel leaves a module with a false plan unsharded, and no cold table is a plan too."""
+        """Always true, as long as DistributedModelParallel takes a false plan for none."""
         return True
-
-    @classmethod
-    def attach(cls, stock: Mapping[str, Any], placement: RowPlacement) -> FAEModuleShardingPlan:
-        """Adds a placement to a stock plan that covers the split and all-cold tables."""
-        plan = cls(stock)
-        plan.placement = placement
-        return plan

@@ -1,40 +1,57 @@
-"""FAEShardingPlanner: a TorchRec ShardingPlanner that puts popular rows into a replicated hot tier; stock planning does the rest."""
+"""FAEShardingPlanner: a TorchRec ShardingPlanner that puts popular rows into a hot tier; stock planning does the rest."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.comm import get_local_size
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan, ShardingPlanner
-from torchrec.modules.embedding_configs import PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardingPlanner
 
 from fae_torchrec.core.errors import FingerprintError
 from fae_torchrec.core.placement import RowPlacement
-from fae_torchrec.core.tables import Optimizer, TableKind, TableSet
-from fae_torchrec.distributed.constraints import cold_constraints
+from fae_torchrec.core.tables import TableKind, TableSet, TableSpec
+from fae_torchrec.distributed import hot_plan
+from fae_torchrec.distributed.constraints import TierOptions, cold_constraints, cold_options, hot_constraints, hot_options
+from fae_torchrec.distributed.fast_memory import fast_memory_bytes, left_of
 from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
-from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, get_fae_sharders
-from fae_torchrec.modules.model_tables import model_tables
+from fae_torchrec.distributed.refusals import (
+    check_collection,
+    check_constraints,
+    check_not_ours,
+    check_optimizer,
+    check_tables,
+    fused_optimizer,
+)
+from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, FAEEmbeddingCollectionSharder, get_fae_sharders
+from fae_torchrec.modules.model_tables import COLLECTIONS, sharded_modules, table_configs, table_specs
 
-# Adam's step count would drift between tiers that see different numbers of batches.
-_SUPPORTED = {Optimizer.SGD, Optimizer.ADAGRAD, Optimizer.ROWWISE_ADAGRAD}
+# Arguments of the stock planner that know the cold tier's tables and have no say over sharded hot rows.
+_COLD_ONLY = ("enumerator", "plan_loader", "callbacks")
+
+
+class _Collection(NamedTuple):
+    """A collection that our sharders take, as far as planning looks at it."""
+
+    path: str
+    names: tuple[str, ...]
+    placed: tuple[TableSpec, ...]
+    hot_cold: bool
 
 
 class FAEShardingPlanner(ShardingPlanner):
     """Plans the hot tier by the placement and the cold tier by TorchRec's own EmbeddingShardingPlanner.
 
-    Every EmbeddingBagCollection with a hot row gets the hot/cold module; one without gets the stock module, its tables planned as cold
-    ones; all other modules get the stock plan. The hot tier's bytes are taken from every rank's storage before the stock planner sees it.
+    Every EmbeddingBagCollection and EmbeddingCollection with a hot row gets the hot/cold module; one without gets the stock module, its
+    tables planned as cold ones; all other modules get the stock plan. The hot tier's bytes are taken from every rank's storage before
+    the stock planner plans the cold tier.
 
     Args:
         placement: where the rows of the model's tables live; the same on every rank.
@@ -42,10 +59,13 @@ class FAEShardingPlanner(ShardingPlanner):
         batch_size: per rank.
         constraints: as for EmbeddingShardingPlanner, by table.
         cold_tier: "host", "uvm", "uvm_caching" or "auto" (CPU: host; CUDA: uvm_caching).
+        hot_tier: "replicated" (every rank holds every hot row), "table_wise" or, on CUDA, "row_wise" (the stock planner spreads the hot
+            rows over the ranks, for hot sets larger than one device).
+        stock_tables: names of tables left to stock sharding; the placement does not know them.
         **stock: further arguments of EmbeddingShardingPlanner (`storage_reservation`, `proposer`, `partitioner`, `stats`, ...).
 
     Raises:
-        PlannerError: the cold tier or a constraint does not fit, or the hot rows do not fit into a rank's storage.
+        PlannerError: a tier does not exist on the device, or a constraint does not fit.
     """
 
     def __init__(
@@ -55,16 +75,27 @@ class FAEShardingPlanner(ShardingPlanner):
         batch_size: int | None = None,
         constraints: Mapping[str, ParameterConstraints] | None = None,
         cold_tier: str = "auto",
+        hot_tier: str = "replicated",
+        stock_tables: Iterable[str] = (),
         **stock: Any,
     ) -> None:
-        topology = topology or _default_topology()
         self._placement = placement
-        self._planner = EmbeddingShardingPlanner(
-            topology=_without_hot_tier(topology, placement.hot_bytes),
-            batch_size=batch_size,
-            constraints=cold_constraints(placement, topology.compute_device, cold_tier, constraints),
-            **stock,
-        )
+        self._topology = topology or _default_topology()
+        self._hot_tier = hot_tier
+        self._stock_tables = tuple(stock_tables)
+        self._stock = {"batch_size": batch_size, **stock}
+        self._cold_options = cold_options(cold_tier, self._topology.compute_device)
+        self._hot_options = hot_options(hot_tier, self._topology.compute_device)
+        check_constraints(placement, constraints or {})
+        self._cold_constraints = cold_constraints(placement, self._cold_options, constraints)
+        self._hot_constraints = hot_constraints(placement, self._hot_options, constraints)
+        both = sorted(set(self._stock_tables) & set(placement.tables.names))
+        if both:
+            raise PlannerError(
+                f"stock_tables {both} are tables of the row placement {placement.fingerprint}; a table is either placed or left to stock "
+                "sharding: take the names out of stock_tables, or make the placement without these tables (model_tables(model, leave=...))",
+                PlannerErrorType.INPUT_VALIDATION,
+            )
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """Plans one model; no collective.
@@ -78,15 +109,17 @@ class FAEShardingPlanner(ShardingPlanner):
 
         Raises:
             FingerprintError: the placement belongs to other tables than the model's.
-            PlannerError: a table uses what hot/cold tables do not support; says which and what to do.
+            PlannerError: a table uses what hot/cold tables do not support (says which and what to do), or the hot rows do not fit into
+                a rank's storage.
         """
-        self._check(module, sharders)
-        return self._attach(self._plan_cold_tier(module, sharders), module, sharders)
+        collections = self._checked(module, sharders)
+        hot, cold = self._plan_tiers(module, sharders, collections)
+        return self._joined(hot, cold, collections)
 
     def collective_plan(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None = None, pg: dist.ProcessGroup | None = None
     ) -> ShardingPlan:
-        """Plans the cold tier on rank 0 and broadcasts it; every rank adds its own copy of the placement.
+        """Plans both tiers on rank 0 and broadcasts them; every rank adds its own copy of the placement.
 
         Args:
             module: the unsharded model.
@@ -105,52 +138,107 @@ class FAEShardingPlanner(ShardingPlanner):
                 PlannerErrorType.INPUT_VALIDATION,
             )
         self._check_same_placement(pg)  # first: with the same placement, the ranks fail or pass alike
-        self._check(module, sharders)
-        stock = from_first_rank(lambda: self._plan_cold_tier(module, sharders), pg)
-        return self._attach(stock, module, sharders)
+        collections = self._checked(module, sharders)
+        hot, cold = from_first_rank(lambda: self._plan_tiers(module, sharders, collections), pg)
+        return self._joined(hot, cold, collections)
 
-    def _plan_cold_tier(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
-        cold = [
-            _ColdTierSharder(sharder, self._placement) if isinstance(sharder, FAEEmbeddingBagCollectionSharder) else sharder
-            for sharder in sharders
-        ]
-        return self._planner.plan(module, cold)
+    def _plan_tiers(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], collections: list[_Collection]
+    ) -> tuple[ShardingPlan, ShardingPlan]:
+        """The stock plans of the hot rows (empty if they are replicated) and of everything else."""
+        placed = [collection.placed for collection in collections]
+        replicated = self._hot_tier == "replicated"
+        hot = ShardingPlan({}) if replicated else self._plan_hot_rows(module, sharders, placed)
+        rows = _by_table(hot, collections)
+        topology = left_of(self._topology, lambda rank: fast_memory_bytes(self._placement, placed, rows, rank))
+        view = hot_plan.cold_tables(self._placement)
+        shown = [hot_plan.showing(sharder, view) if _is_ours(sharder) else sharder for sharder in sharders]
+        planner = EmbeddingShardingPlanner(topology=topology, constraints=self._cold_constraints, **self._stock)
+        return hot, planner.plan(module, shown)
 
-    def _attach(self, stock: ShardingPlan, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
-        plan = dict(stock.plan)
-        for path, collection in _collections(module, sharders):
-            if any(self._placement.hot_rows(config.name) for config in collection.embedding_bag_configs()):
-                cold = plan.get(path, EmbeddingModuleShardingPlan())
-                assert isinstance(cold, EmbeddingModuleShardingPlan)
-                plan[path] = FAEModuleShardingPlan.attach(cold, self._placement)
+    def _plan_hot_rows(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], placed: list[tuple[TableSpec, ...]]
+    ) -> ShardingPlan:
+        index = {"index": fast_memory_bytes(self._placement, placed)["index"]}
+        view = hot_plan.hot_rows(self._placement)
+        shown = [hot_plan.showing(sharder, view if _is_ours(sharder) else hot_plan.nothing) for sharder in sharders]
+        stock = {name: value for name, value in self._stock.items() if name not in _COLD_ONLY}
+        topology = left_of(self._topology, lambda _: index)
+        return EmbeddingShardingPlanner(topology=topology, constraints=self._hot_constraints, **stock).plan(module, shown)
+
+    def _joined(self, hot: ShardingPlan, cold: ShardingPlan, collections: list[_Collection]) -> ShardingPlan:
+        """One plan of both tiers and the placement."""
+        hot_rows, homes = _by_table(hot, collections), _by_table(cold, collections)
+        self._check_planned(hot_rows, homes)
+        tables = [table for collection in collections for table in collection.placed]
+        if hot_rows:
+            homes.update({table.name: hot_rows[table.name] for table in tables if self._placement.kind(table.name) is TableKind.HOT})
+        else:
+            homes.update(hot_plan.all_hot_homes(self._placement, tables, homes, self._topology, self._hot_options))
+        plan = dict(cold.plan)
+        for collection in collections:
+            if collection.hot_cold:
+                own = {**cold.plan.get(collection.path, {}), **homes}
+                plan[collection.path] = FAEModuleShardingPlan(
+                    {name: own[name] for name in collection.names},
+                    self._placement,
+                    self._hot_tier,
+                    {table.name: hot_rows[table.name] for table in collection.placed if table.name in hot_rows},
+                )
         return ShardingPlan(plan)
 
-    def _check(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> None:
-        """Raises for what cannot be planned, before any collective."""
-        if not any(isinstance(sharder, FAEEmbeddingBagCollectionSharder) for sharder in sharders):
+    def _checked(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[_Collection]:
+        """The collections to plan; raises for what cannot be planned, before any collective."""
+        ours = {sharder.module_type: sharder for sharder in sharders if _is_ours(sharder)}
+        modules = list(sharded_modules(module, {sharder.module_type for sharder in sharders}.difference(COLLECTIONS)))
+        self._check_stock_tables(modules)
+        collections = []
+        for path, part in modules:
+            if type(part) not in ours:
+                check_not_ours(path, part, self._placement)
+                continue
+            check_tables(part, self._stock_tables)
+            names = tuple(config.name for config in table_configs(part))
+            hot_cold = any(name in self._placement.tables.names and self._placement.hot_rows(name) for name in names)
+            if hot_cold:
+                check_collection(path, part, self._stock_tables)
+            default = fused_optimizer(part, ours[type(part)], self._stock_tables)
+            collections.append(_Collection(path, names, tuple(table_specs(part, default, self._stock_tables)), hot_cold))
+        tables = TableSet(tuple(chain.from_iterable(collection.placed for collection in collections)))
+        self._check_tables(tables)
+        for table in tables:
+            if self._placement.hot_rows(table.name):
+                check_optimizer(table, self._topology.compute_device)
+        return collections
+
+    def _check_stock_tables(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        known = {config.name for _, part in modules for inner in part.modules() for config in table_configs(inner)}
+        unknown = sorted(set(self._stock_tables) - known)
+        if unknown:
             raise PlannerError(
-                "the sharders hold no FAEEmbeddingBagCollectionSharder, so nothing could build the hot tier; pass get_fae_sharders()",
+                f"stock_tables {unknown} are not tables of the model, which has {sorted(known)}; correct the names",
                 PlannerErrorType.INPUT_VALIDATION,
             )
-        default = _default_optimizer(sharders)
-        tables = TableSet(tuple(table for _, collection in _collections(module, sharders) for table in model_tables(collection, default)))
-        self._placement.check_tables(tables)
-        for table in tables:
-            if self._placement.hot_rows(table.name) and table.optimizer not in _SUPPORTED:
-                raise PlannerError(
-                    f"table {table.name!r} is optimized by {table.optimizer.value}, hot tables may use "
-                    f"{sorted(optimizer.value for optimizer in _SUPPORTED)}; choose one of these or plan this model with "
-                    "EmbeddingShardingPlanner",
-                    PlannerErrorType.INPUT_VALIDATION,
-                )
-        for path, collection in _collections(module, sharders):
-            mean = [config.name for config in collection.embedding_bag_configs() if config.pooling is PoolingType.MEAN]
-            if collection.is_weighted() and mean:
-                raise PlannerError(
-                    f"{path}: tables {mean} pool weighted ids by MEAN, which hot/cold tables do not support; use SUM or plan this model "
-                    "with EmbeddingShardingPlanner",
-                    PlannerErrorType.INPUT_VALIDATION,
-                )
+
+    def _check_tables(self, tables: TableSet) -> None:
+        try:
+            self._placement.check_tables(tables)
+        except FingerprintError as error:
+            unplaced = [name for name in tables.names if name not in self._placement.tables.names]
+            if not unplaced:
+                raise
+            raise FingerprintError(
+                f"{error}; or leave the tables that the placement does not know to stock sharding: FAEShardingPlanner(..., "
+                f"stock_tables={unplaced})"
+            ) from None
+
+    def _check_planned(self, hot_rows: Mapping[str, ParameterSharding], homes: Mapping[str, ParameterSharding]) -> None:
+        """Checks what arguments of the stock planner such as an enumerator of one's own could have changed."""
+        for table in self._placement.tables:
+            if self._placement.kind(table.name) is not TableKind.HOT:
+                _check_tier(table.name, "cold", homes.get(table.name), self._cold_options)
+            if self._placement.hot_rows(table.name) and self._hot_tier != "replicated":
+                _check_tier(table.name, "hot", hot_rows.get(table.name), self._hot_options)
 
     def _check_same_placement(self, pg: dist.ProcessGroup) -> None:
         mine = self._placement.fingerprint
@@ -163,66 +251,28 @@ class FAEShardingPlanner(ShardingPlanner):
             )
 
 
-class _ColdTierSharder(EmbeddingBagCollectionSharder):
-    """What the stock planner sees of a hot/cold collection: its split and all-cold tables."""
-
-    def __init__(self, sharder: FAEEmbeddingBagCollectionSharder, placement: RowPlacement) -> None:
-        super().__init__(sharder.fused_params, sharder.qcomm_codecs_registry)
-        self._placement = placement
-
-    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        parameters = super().shardable_parameters(module)
-        return {name: parameter for name, parameter in parameters.items() if self._placement.kind(name) is not TableKind.HOT}
+def _is_ours(sharder: ModuleSharder[nn.Module]) -> bool:
+    return isinstance(sharder, FAEEmbeddingBagCollectionSharder | FAEEmbeddingCollectionSharder)
 
 
-def _collections(
-    module: nn.Module, sharders: list[ModuleSharder[nn.Module]], path: str = ""
-) -> Iterator[tuple[str, EmbeddingBagCollection]]:
-    """The collections our sharder is asked for, with their paths: as DMP walks the model, not looking into what another sharder takes."""
-    if type(module) is EmbeddingBagCollection:
-        yield path, module
-    elif type(module) not in {sharder.module_type for sharder in sharders}:
-        for name, child in module.named_children():
-            yield from _collections(child, sharders, f"{path}.{name}" if path else name)
+def _by_table(plan: ShardingPlan, collections: Iterable[_Collection]) -> dict[str, ParameterSharding]:
+    """The sharding of placed tables, whose names are unique over all collections."""
+    parts = [(plan.plan.get(collection.path, {}), collection.placed) for collection in collections]
+    return {table.name: part[table.name] for part, placed in parts for table in placed if table.name in part}
 
 
-def _default_optimizer(sharders: list[ModuleSharder[nn.Module]]) -> Optimizer:
-    """The optimizer of unmarked tables: what our sharder's fused_params say, else FBGEMM's default."""
-    ours = next(sharder for sharder in sharders if isinstance(sharder, FAEEmbeddingBagCollectionSharder))
-    name = getattr((ours.fused_params or {}).get("optimizer"), "value", "exact_sgd")
-    by_fbgemm_name = {
-        "sgd": Optimizer.SGD,
-        "exact_sgd": Optimizer.SGD,
-        "exact_adagrad": Optimizer.ADAGRAD,
-        "rowwise_adagrad": Optimizer.ROWWISE_ADAGRAD,
-        "exact_row_wise_adagrad": Optimizer.ROWWISE_ADAGRAD,
-        "adam": Optimizer.ADAM,
-    }
-    if name not in by_fbgemm_name:
+def _check_tier(table: str, tier: str, planned: ParameterSharding | None, options: TierOptions) -> None:
+    got = None if planned is None else (planned.sharding_type, planned.compute_kernel)
+    if got is None or got[0] not in options.sharding_types or got[1] not in options.kernels:
         raise PlannerError(
-            f"the sharder's fused_params name the optimizer {name!r}; hot tables may use {sorted(o.value for o in _SUPPORTED)}",
-            PlannerErrorType.INPUT_VALIDATION,
+            f"table {table!r}: the stock planner gave {got or 'nothing'} for its {tier} tier, which may have {options}; leave out the "
+            "argument of FAEShardingPlanner that changes what the stock planner does (enumerator, callbacks, plan_loader, a constraint's "
+            "device_group), or leave the table to stock sharding (stock_tables)",
+            PlannerErrorType.STRICT_CONSTRAINTS,
         )
-    return by_fbgemm_name[name]
 
 
 def _default_topology() -> Topology:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Topology(world_size=world_size, local_world_size=get_local_size(world_size), compute_device=device)
-
-
-def _without_hot_tier(topology: Topology, hot_bytes: int) -> Topology:
-    """The topology that is left for the cold tier."""
-    left = copy.deepcopy(topology)
-    for device in left.devices:
-        memory = "hbm" if topology.compute_device == "cuda" else "ddr"
-        free = getattr(device.storage, memory) - hot_bytes
-        if free < 0:
-            raise PlannerError(
-                f"the hot rows take {hot_bytes:,} bytes on every rank, rank {device.rank} has {free + hot_bytes:,} bytes of {memory}; "
-                "select the hot set under a smaller budget",
-                PlannerErrorType.INSUFFICIENT_STORAGE,
-            )
-        setattr(device.storage, memory, free)
-    return left

@@ -1,59 +1,95 @@
-"""pooled = hot_pool + cold_pool: joins what the two tiers pooled into the stock output."""
+"""Joins the tiers of a pooled collection: cold bags are added into the hot tier's output, means are divided once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
 
 import torch
-from fbgemm_gpu.permute_pooled_embedding_modules import PermutePooledEmbeddings
+from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from fae_torchrec.core.tables import TableKind
-from fae_torchrec.modules.tier_split import Lookup
+from fae_torchrec.modules.lookups import Lookup
 
 
-def combine_tiers(
-    lookups: Sequence[Lookup], hot: torch.Tensor | None, cold: torch.Tensor | None, divisor: torch.Tensor | None
-) -> KeyedTensor:
-    """Adds the tiers where they overlap and divides means once.
+class TierJoin(nn.Module):
+    """pooled = hot_pool + cold_pool, as one addition of the cold tier's few packed bags in place.
 
-    Args:
-        lookups: the output's blocks: those of all-hot tables, then split, then all-cold.
-        hot: [B, columns of all-hot and split lookups] sums, or None where no table has a hot row.
-        cold: [B, columns of split and all-cold lookups] sums; None where no table has a cold row, or the batch is hot (cold columns are
-            then zero).
-        divisor: float32 [B, sum of dims] to divide by (bag lengths under MEAN columns), or None.
-
-    Returns:
-        KeyedTensor [B, sum of dims], keyed by the stock names.
-    """
-    width = {kind: sum(lookup.dim for lookup in lookups if lookup.kind is kind) for kind in TableKind}
-    if hot is None:
-        assert cold is not None
-        values = cold
-    elif cold is None:
-        values = torch.nn.functional.pad(hot, (0, width[TableKind.COLD])) if width[TableKind.COLD] else hot
-    else:
-        split_hot, split_cold = hot[:, width[TableKind.HOT] :], cold[:, : width[TableKind.SPLIT]]
-        values = torch.cat([hot[:, : width[TableKind.HOT]], split_hot + split_cold, cold[:, width[TableKind.SPLIT] :]], dim=1)
-    dims = [lookup.dim for lookup in lookups]
-    if divisor is not None:
-        values = values / divisor
-    return KeyedTensor(keys=[lookup.name for lookup in lookups], length_per_key=dims, values=values)
-
-
-def block_permutation(
-    have: Sequence[str], want: Sequence[str], dims: Mapping[str, int], device: torch.device
-) -> PermutePooledEmbeddings | None:
-    """A stock permutation of column blocks, or None where they are in order already.
+    Columns are counted in *units*, the greatest common divisor of all dims, so that one index covers tables of different dims.
 
     Args:
-        have: keys of the blocks as they come.
-        want: the same keys in the order asked for.
-        dims: columns of each block.
-        device: where it will run.
+        lookups: the output's blocks in order.
+        cold_columns: keys of the cold tier's blocks, in the order in which they come.
+        cold_lookups: keys of the cold lookups in the order of `cold_at`.
+        device: where the output lies.
     """
-    if list(have) == list(want):
-        return None
-    position = {key: i for i, key in enumerate(have)}
-    return PermutePooledEmbeddings([dims[key] for key in have], [position[key] for key in want], device)
+
+    cold_lookup: torch.Tensor
+    cold_unit: torch.Tensor
+    unit_lookup: torch.Tensor
+
+    def __init__(self, lookups: Sequence[Lookup], cold_columns: Sequence[str], cold_lookups: Sequence[str], device: torch.device) -> None:
+        super().__init__()
+        self._names = [lookup.name for lookup in lookups]
+        self._dims = [lookup.dim for lookup in lookups]
+        self._unit = gcd(*self._dims)
+        units = [dim // self._unit for dim in self._dims]
+        self._units = sum(units)
+        first = dict(zip((lookup.key for lookup in lookups), torch.tensor([0, *units]).cumsum(0).tolist(), strict=False))
+        count = {lookup.key: lookup.dim // self._unit for lookup in lookups}
+        position = {key: i for i, key in enumerate(cold_lookups)}
+        buffers = {
+            # For each unit of a cold bag's row: its lookup, and its place in a row of the output.
+            "cold_lookup": torch.tensor([position[key] for key in cold_columns for _ in range(count[key])], dtype=torch.int64),
+            "cold_unit": torch.tensor([first[key] + i for key in cold_columns for i in range(count[key])], dtype=torch.int64),
+            # For each unit of the output: its lookup, the mean ones among them.
+            "unit_lookup": torch.arange(len(lookups)).repeat_interleave(torch.tensor(units)),
+            "mean": torch.tensor([lookup.mean for lookup in lookups]),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value.to(device), persistent=False)
+
+    def forward(self, hot: torch.Tensor, cold: torch.Tensor | None, cold_at: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor:
+        """Joins one batch.
+
+        Args:
+            hot: contiguous, [B, sum of dims] in whatever shape: sums over the hot ids; changed in place.
+            cold: [packed bags, columns of the cold tier] sums, or None.
+            cold_at: int64 [cold lookups, packed bags]: the sample of each packed bag.
+            lengths: int [B, lookups]: ids of each bag in both tiers, where any lookup is a mean.
+
+        Returns:
+            [B, sum of dims].
+        """
+        if cold is not None and cold_at is not None:
+            units = cold_at.index_select(0, self.cold_lookup).t() * self._units + self.cold_unit
+            hot = _AddUnits.apply(hot, cold, units.reshape(-1), self._unit)  # type: ignore[no-untyped-call]
+        values = hot.view(-1, self._units * self._unit)
+        if lengths is not None:
+            divisor = torch.where(self.mean, lengths.to(values.dtype).clamp_(min=1), 1)  # an empty bag is zero
+            by_unit = divisor.index_select(1, self.unit_lookup).unsqueeze(2)
+            values = (values.view(-1, self._units, self._unit) / by_unit).flatten(1)
+        return values
+
+    def keyed(self, values: torch.Tensor) -> KeyedTensor:
+        """The joined batch by the stock names."""
+        return KeyedTensor(keys=self._names, length_per_key=self._dims, values=values)
+
+
+class _AddUnits(torch.autograd.Function):
+    """Adds units of columns into an output, in place; the gradient of both is the output's own, without a copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, added: torch.Tensor, at: torch.Tensor, unit: int) -> torch.Tensor:
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(at)
+        ctx.unit, ctx.shape = unit, added.shape
+        out.view(-1, unit).index_add_(0, at, added.reshape(-1, unit).to(out.dtype))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (at,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        return grad, grad.view(-1, ctx.unit).index_select(0, at).view(ctx.shape), None, None

@@ -1,160 +1,208 @@
-"""TierSplit sends every id of a KeyedJaggedTensor to its tier: hot ids become slots, cold ids stay at their home."""
+"""TierSplit finds the slot of every id of a batch; BagSplit lays the hot ids out as bags of the hot kernels and packs the cold ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Multistreamable
 
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind
+from fae_torchrec.modules.lookups import HotGroup, Lookup, TableConfig
+from fae_torchrec.modules.slot_index import new_slot_index
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """One (table, feature) pair: a column block of the output.
+@dataclass
+class HotBags(Multistreamable):
+    """One group's hot ids of one batch, as its kernel takes them.
 
     Attributes:
-        table: table name.
-        feature: key of the KeyedJaggedTensor that feeds it.
-        name: the stock name of the output block: the feature, or `feature@table` where tables share the feature.
-        key: unique key of the pair inside the tiers.
-        dim: columns of the block.
-        pooling: the pooling of the stock table.
-        kind: where the table's rows live.
+        slots: int64 [hot ids], slots within the group.
+        offsets: int64 [bags + 1].
+        weights: float32 [hot ids] or None.
     """
 
-    table: str
-    feature: str
-    name: str
-    key: str
-    dim: int
-    pooling: PoolingType
-    kind: TableKind
+    slots: torch.Tensor
+    offsets: torch.Tensor
+    weights: torch.Tensor | None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for `stream`."""
+        for tensor in (self.slots, self.offsets, self.weights):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
-def lookups_by_tier(configs: Sequence[EmbeddingBagConfig], placement: RowPlacement) -> list[Lookup]:
-    """Lists the lookups of a collection: those of all-hot tables first, then of split, then of all-cold tables.
-
-    This is the order of the output's blocks: hot columns and cold columns overlap in the split ones alone, so that one slice of each
-    is added and nothing is permuted.
-
-    Args:
-        configs: the stock tables of one EmbeddingBagCollection.
-        placement: where their rows live.
-    """
-    lookups = [
-        Lookup(config.name, feature, name, f"{feature}@{config.name}", config.embedding_dim, config.pooling, placement.kind(config.name))
-        for config, names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True)
-        for feature, name in zip(config.feature_names, names, strict=True)
-    ]
-    return [lookup for kind in TableKind for lookup in lookups if lookup.kind is kind]
-
-
-def tier_configs(configs: Iterable[EmbeddingBagConfig], placement: RowPlacement, *, hot: bool) -> list[EmbeddingBagConfig]:
-    """The tables of one tier as stock configs, all-hot tables first, then split, then all-cold.
-
-    Pooling is always SUM: the tiers add up, and a mean is divided once at the end by the length of the whole bag. Features are
-    named by lookup (`feature@table`), so that no two tables of a tier share one.
-
-    Args:
-        configs: the stock tables.
-        placement: where their rows live.
-        hot: the hot tier (tables with hot rows, `num_embeddings` = hot rows) or the cold one (split and cold tables at full size).
-    """
-    kinds = (TableKind.HOT, TableKind.SPLIT) if hot else (TableKind.SPLIT, TableKind.COLD)
-    tables = list(configs)
-    return [
-        replace(  # the rest, such as the initial values, stays the stock table's
-            config,
-            num_embeddings=placement.hot_rows(config.name) if hot else config.num_embeddings,
-            feature_names=[f"{feature}@{config.name}" for feature in config.feature_names],
-            pooling=PoolingType.SUM,
-        )
-        for kind in kinds
-        for config in tables
-        if placement.kind(config.name) is kind
-    ]
-
-
-@dataclass(frozen=True)
-class TieredIds:
+@dataclass
+class TieredIds(Multistreamable):
     """One batch's ids, by tier.
 
     Attributes:
-        hot: slots in the hot tables, keys = hot and split lookups, or None where the placement has no hot row.
-        cold: ids in the cold tables (their homes), keys = split and cold lookups, or None where no table has a cold row, and for a
+        hot: the hot ids, by group.
+        cold: the cold ids at their homes, keys = lookups of split and all-cold tables; None where no table has a cold row, and for a
             batch promised to be hot.
+        cold_at: where the cold tier's output belongs (see the subclass that made it); None where `cold` is.
         misses: int64 [1]: ids that are not hot in a batch promised to be hot (0 when the promise was kept); 0 for other batches.
-        divisor: float32 [B, sum of dims]: under each output column the length of its bag (at least 1) for MEAN lookups and 1 for
-            SUM; None where every lookup is SUM.
+        lengths: int [samples, lookups], ids of each bag in both tiers, where means are to be divided by it; else None.
     """
 
-    hot: KeyedJaggedTensor | None
+    hot: list[HotBags]
     cold: KeyedJaggedTensor | None
+    cold_at: torch.Tensor | None
     misses: torch.Tensor
-    divisor: torch.Tensor | None
+    lengths: torch.Tensor | None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for `stream`."""
+        for part in (*self.hot, self.cold, self.cold_at, self.misses, self.lengths):
+            if part is not None:
+                part.record_stream(stream)
 
 
 class TierSplit(nn.Module):
-    """Splits a KeyedJaggedTensor by tier, on whatever device it lies, in a fixed number of tensor operations.
-
-    The index of hot rows is one sorted tensor of int64 keys over all split tables (8 bytes a hot row; all-hot tables need none: their
-    slots are their ids), searched by bisection: smaller than a hash table, and the same on every device.
+    """What pooled and unpooled collections share: the id -> slot index over all their tables, on the device of the ids.
 
     Args:
-        configs: the stock tables of one EmbeddingBagCollection.
+        groups: the collection's hot groups.
+        configs: its stock tables.
         placement: where their rows live.
         device: where the index lies; ids must be on the same device.
+        bounds_check_mode: what is done about an id that its table does not have, as stock kernels do it: WARNING takes row 0.
+        compact_above_rows: see `new_slot_index`.
+
+    Attributes:
+        lookups: every lookup, in the order of the output.
+        cold_lookups: those of split and all-cold tables, in the same order.
     """
 
-    hot_keys: torch.Tensor
-    key_base: torch.Tensor
-    slot_base: torch.Tensor
-    slot_count: torch.Tensor
-    mean: torch.Tensor
-    lookup_of_column: torch.Tensor
+    row_base: torch.Tensor
+    rows: torch.Tensor
 
-    def __init__(self, configs: Sequence[EmbeddingBagConfig], placement: RowPlacement, device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: Sequence[HotGroup],
+        configs: Sequence[TableConfig],
+        placement: RowPlacement,
+        device: torch.device,
+        bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
+        compact_above_rows: int | None = None,
+    ) -> None:
         super().__init__()
-        self.lookups = lookups_by_tier(configs, placement)
-        by_kind = {kind: [lookup for lookup in self.lookups if lookup.kind is kind] for kind in TableKind}
-        self._sizes = [len(by_kind[kind]) for kind in (TableKind.HOT, TableKind.SPLIT, TableKind.COLD)]
-        self._hot_lookup_keys = [lookup.key for kind in (TableKind.HOT, TableKind.SPLIT) for lookup in by_kind[kind]]
-        self._cold_lookup_keys = [lookup.key for kind in (TableKind.SPLIT, TableKind.COLD) for lookup in by_kind[kind]]
-        self._mean = [lookup.pooling is PoolingType.MEAN for lookup in self.lookups]
-        self._order: tuple[list[str], list[int], torch.Tensor] | None = None
-
-        split_tables = [config for config in configs if placement.kind(config.name) is TableKind.SPLIT]
-        rows = torch.tensor([0, *(config.num_embeddings for config in split_tables)]).cumsum(0)
-        slots = torch.tensor([0, *(placement.hot_rows(config.name) for config in split_tables)]).cumsum(0)
-        hot_ids = [torch.as_tensor(placement.hot_ids[config.name]) + rows[i] for i, config in enumerate(split_tables)]
-        position = {config.name: i for i, config in enumerate(split_tables)}
-        index = torch.tensor([position[lookup.table] for lookup in by_kind[TableKind.SPLIT]], dtype=torch.int64)
+        self.groups = list(groups)
+        self.lookups: list[Lookup] = [lookup for group in groups for lookup in group.lookups]
+        self.cold_lookups = [lookup for lookup in self.lookups if lookup.kind is not TableKind.HOT]
+        rows = {config.name: config.num_embeddings for config in configs if config.name in placement.tables.names}
+        # Hot tables group by group, so that slots of a group are consecutive; all-cold tables last.
+        tables = [name for group in groups for name, _ in group.tables]
+        tables += [name for name in rows if name not in tables]
+        limit = {} if compact_above_rows is None else {"compact_above_rows": compact_above_rows}
+        hot_ids = [torch.as_tensor(placement.hot_ids[name]) for name in tables]
+        self.index = new_slot_index([rows[name] for name in tables], hot_ids, device, **limit)
+        first_row = dict(zip(tables, torch.tensor([0, *(rows[name] for name in tables)]).cumsum(0).tolist(), strict=False))
+        self.first_slots = torch.tensor([0, *(group.num_slots for group in groups)]).cumsum(0).tolist()[:-1]
+        self._bounds_check_mode = bounds_check_mode
         buffers = {
-            "hot_keys": torch.cat(hot_ids) if hot_ids else torch.empty(0, dtype=torch.int64),
-            "key_base": rows[index],
-            "slot_base": slots[index],
-            "slot_count": slots[index + 1] - slots[index],
-            "mean": torch.tensor(self._mean),
-            "lookup_of_column": torch.arange(len(self.lookups)).repeat_interleave(torch.tensor([x.dim for x in self.lookups])),
+            "row_base": torch.tensor([first_row[lookup.table] for lookup in self.lookups]),
+            "rows": torch.tensor([rows[lookup.table] for lookup in self.lookups]),
+            "out_of_bounds": torch.zeros(1, dtype=torch.int64),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value.to(device), persistent=False)
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of fast memory the index itself takes."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        """Bytes of fast memory the id -> slot index takes."""
+        index: int = self.index.index_bytes
+        return index
+
+    def _sources(self, features: KeyedJaggedTensor) -> list[int]:
+        """The position of each lookup's feature in the batch.
+
+        Raises:
+            DataError: a feature is missing, or the batch has a variable stride.
+        """
+        if features.variable_stride_per_key():
+            raise DataError(
+                "received a KeyedJaggedTensor with a batch size per feature (variable stride), which hot/cold tables do not support; "
+                "pass the same number of bags for every feature, or leave these tables to stock sharding (stock_tables)"
+            )
+        position = {key: i for i, key in enumerate(features.keys())}
+        missing = sorted({lookup.feature for lookup in self.lookups} - position.keys())
+        if missing:
+            raise DataError(f"the batch lacks the features {missing}; it has {features.keys()}; feed every feature of the tables")
+        return [position[lookup.feature] for lookup in self.lookups]
+
+    def _find(self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Brings ids into bounds, in place, and looks their slots up: int64, -1 where cold. `rows` and `base` are by bag."""
+        if self._bounds_check_mode != BoundsCheckMode.NONE:
+            torch.ops.fbgemm.bounds_check_indices(rows, values, offsets, self._bounds_check_mode.value, self.out_of_bounds)
+        values.clamp_(min=0)  # FBGEMM lets -1 pass, a pruned row to its inference kernels
+        first = torch.repeat_interleave(base, lengths, output_size=values.numel())
+        slots: torch.Tensor = self.index(first.add_(values))
+        return slots.to(torch.int64)
+
+    def _group_bags(self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int]) -> list[HotBags]:
+        """Cuts hot slots and their bag offsets into groups; group g's bags are first_bags[g]..first_bags[g+1]."""
+        if len(self.groups) == 1:
+            return [HotBags(slots, offsets, weights)]
+        cuts = offsets[torch.tensor(first_bags, device=offsets.device)].tolist()
+        return [
+            HotBags(
+                slots[cuts[g] : cuts[g + 1]] - first,
+                offsets[first_bags[g] : first_bags[g + 1] + 1] - cuts[g],
+                None if weights is None else weights[cuts[g] : cuts[g + 1]],
+            )
+            for g, first in enumerate(self.first_slots)
+        ]
+
+
+@dataclass(frozen=True)
+class _BagOrder:
+    """How the bags of a batch with these keys and this many samples are ordered, as tensors on the device.
+
+    Bags stand by group, then sample, then lookup, so that a kernel's output [bags, dim] is [samples, columns of the group].
+
+    Attributes:
+        keys: keys of the batch.
+        samples: its samples.
+        source: int32 [bags]: the bag of the batch (feature-major).
+        rows: int64 [bags]: rows of the table.
+        base: int64 [bags]: the first row of the table in the index.
+        cold: int32 [cold lookups x samples]: the bag of (cold lookup, sample).
+        first: first bag of every group, and the number of bags.
+    """
+
+    keys: list[str]
+    samples: int
+    source: torch.Tensor
+    rows: torch.Tensor
+    base: torch.Tensor
+    cold: torch.Tensor
+    first: list[int]
+
+
+class BagSplit(TierSplit):
+    """The split of a pooled collection.
+
+    Hot bags: those of the batch without their cold ids. Cold bags are *packed*: bag j of a lookup in `cold` is its j-th bag that holds
+    a cold id, and `cold_at` int64 [cold lookups, bags] says which sample's it is (the rest of a lookup's bags are empty). So the cold
+    tier computes and exchanges as many bags as the lookup with the most, instead of one per sample.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._orders: dict[tuple[int, torch.device], _BagOrder] = {}
+        self._any_mean = any(lookup.mean for lookup in self.lookups)
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> TieredIds:
-        """Splits one batch.
+        """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.
 
         Args:
             features: raw ids [F features, B samples], any integer dtype, weights kept; features that no table uses are ignored.
@@ -163,92 +211,97 @@ class TierSplit(nn.Module):
         Raises:
             DataError: a feature of a table is missing, or the batch has a variable stride.
         """
-        if features.variable_stride_per_key():
-            raise DataError(
-                "received a KeyedJaggedTensor with a batch size per feature (variable stride), which hot/cold tables do not support; "
-                "pass the same number of bags for every feature, or leave these tables to stock sharding"
-            )
-        order, order_tensor = self._permutation(features)
-        hot_only, split, cold_only = features.permute(order, order_tensor).split(self._sizes)
-        divisor = self._divisor(hot_only, split, cold_only) if any(self._mean) else None
-        slots, is_hot = self._find(split)
-        if promised_hot:
-            misses = (~is_hot).sum().reshape(1) + cold_only.values().numel()
-            return TieredIds(_concat(self._hot_lookup_keys, hot_only, _replace(split, slots)), None, misses, divisor)
-        split_hot, split_cold = _partition(split, slots, is_hot)
-        return TieredIds(
-            hot=_concat(self._hot_lookup_keys, hot_only, split_hot),
-            cold=_concat(self._cold_lookup_keys, split_cold, cold_only),
-            misses=torch.zeros(1, dtype=torch.int64, device=features.device()),
-            divisor=divisor,
+        order, total = self._order(features)
+        lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
+            order.source, features.lengths(), features.values().to(torch.int64), features.weights_or_none(), total
+        )
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
+        slots = self._find(values, offsets, lengths, order.rows, order.base)
+        by_sample = self._by_sample(lengths, order) if self._any_mean else None
+        if promised_hot or not self.cold_lookups:
+            misses = (slots < 0).sum().reshape(1)
+            return TieredIds(self._group_bags(slots, offsets, weights, order.first), None, None, misses, by_sample)
+        is_hot = slots >= 0
+        hot_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64)).index_select(0, offsets)
+        cold_lengths = lengths - hot_offsets.diff().to(lengths.dtype)
+        by_lookup = cold_lengths.index_select(0, order.cold).view(len(self.cold_lookups), -1)
+        counts = torch.cat([(by_lookup > 0).sum(1), by_lookup.sum(1)]).tolist()  # the one synchronisation: every size follows from it
+        bags, ids = counts[: len(by_lookup)], counts[len(by_lookup) :]
+        hot = torch.nonzero_static(is_hot, size=total - sum(ids)).squeeze(1)
+        cold = torch.nonzero_static(is_hot.logical_not_(), size=sum(ids)).squeeze(1)
+        hot_weights, cold_weights = (None if weights is None else weights.index_select(0, at) for at in (hot, cold))
+        _, cold_ids, cold_weights = torch.ops.fbgemm.permute_1D_sparse_data(
+            order.cold, cold_lengths, values.index_select(0, cold), cold_weights, sum(ids)
+        )
+        packed_lengths, cold_at = _pack(by_lookup, max(*bags, 1), sum(bags))
+        packed = KeyedJaggedTensor(
+            [lookup.key for lookup in self.cold_lookups],
+            cold_ids,
+            cold_weights,
+            lengths=packed_lengths,
+            stride=cold_at.shape[1],
+            length_per_key=ids,
+        )
+        none = torch.zeros(1, dtype=torch.int64, device=values.device)
+        bags_of_groups = self._group_bags(slots.index_select(0, hot), hot_offsets, hot_weights, order.first)
+        return TieredIds(bags_of_groups, packed, cold_at, none, by_sample)
+
+    @staticmethod
+    def _by_sample(lengths: torch.Tensor, order: _BagOrder) -> torch.Tensor:
+        """Lengths of bags as [samples, lookups]."""
+        return torch.cat([lengths[a:b].view(order.samples, -1) for a, b in pairwise(order.first)], dim=1)
+
+    def _order(self, features: KeyedJaggedTensor) -> tuple[_BagOrder, int]:
+        """The order of the bags, computed once for a batch size, and the number of ids in it."""
+        keys, samples, device = features.keys(), features.stride(), features.device()
+        order = self._orders.get((samples, device))
+        if order is None or order.keys != keys:
+            if len(self._orders) > 8:  # odd last batches
+                self._orders.clear()
+            order = self._orders[samples, device] = self._new_order(features)
+        per_key = dict(zip(keys, features.length_per_key(), strict=True))
+        return order, sum(per_key[lookup.feature] for lookup in self.lookups)
+
+    def _new_order(self, features: KeyedJaggedTensor) -> _BagOrder:
+        samples, device = features.stride(), features.device()
+        sources = torch.tensor(self._sources(features), device=device)
+        sample, lookup = torch.arange(samples, device=device), torch.arange(len(self.lookups), device=device)
+        width = [len(group.lookups) for group in self.groups]
+        lookups = torch.cat([part.repeat(samples) for part in lookup.split(width)])
+        samples_of_bags = torch.cat([sample.repeat_interleave(count) for count in width])
+        bag = torch.empty(len(self.lookups), samples, dtype=torch.int64, device=device)
+        bag[lookups, samples_of_bags] = torch.arange(lookups.numel(), device=device)
+        is_cold = torch.tensor([lookup.kind is not TableKind.HOT for lookup in self.lookups], device=device)
+        return _BagOrder(
+            keys=list(features.keys()),
+            samples=samples,
+            source=(sources[lookups] * samples + samples_of_bags).to(torch.int32),
+            rows=self.rows[lookups],
+            base=self.row_base[lookups],
+            cold=bag[is_cold].view(-1).to(torch.int32),
+            first=[samples * count for count in torch.tensor([0, *width]).cumsum(0).tolist()],
         )
 
-    def _permutation(self, features: KeyedJaggedTensor) -> tuple[list[int], torch.Tensor]:
-        """The permutation from the batch's features to the lookups; computed once for a given order of keys."""
-        keys = features.keys()
-        if self._order is None or self._order[0] != keys or self._order[2].device != features.device():
-            missing = sorted({lookup.feature for lookup in self.lookups} - set(keys))
-            if missing:
-                raise DataError(f"the batch lacks the features {missing}; it has {keys}; feed every feature of the tables")
-            position = {key: i for i, key in enumerate(keys)}
-            order = [position[lookup.feature] for lookup in self.lookups]
-            self._order = (list(keys), order, torch.tensor(order, dtype=torch.int32, device=features.device()))
-        return self._order[1], self._order[2]
 
-    def _find(self, split: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot of each id of the split lookups (0 where it is not hot), and whether it is hot."""
-        values = split.values()
-        if self._sizes[1] == 0:
-            return values, torch.ones_like(values, dtype=torch.bool)
-        counts = torch.tensor(split.length_per_key(), device=values.device)
-        lookup = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts, output_size=values.numel())
-        keys = values + self.key_base[lookup]
-        found = torch.searchsorted(self.hot_keys, keys)
-        slots = found - self.slot_base[lookup]
-        # The bounds keep an id beyond its table's rows from matching the next table's key; the cold tier then treats it as stock does.
-        in_table = (slots >= 0) & (slots < self.slot_count[lookup])
-        is_hot = in_table & (self.hot_keys[found.clamp(max=self.hot_keys.numel() - 1)] == keys)
-        return torch.where(is_hot, slots, 0).to(values.dtype), is_hot
+def _pack(lengths: torch.Tensor, width: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the bags that are not empty to the front of their lookup.
 
-    def _divisor(self, *parts: KeyedJaggedTensor) -> torch.Tensor:
-        lengths = torch.cat([part.lengths() for part in parts]).view(len(self.lookups), -1).to(torch.float32).clamp(min=1)
-        divisor = torch.where(self.mean.unsqueeze(1), lengths, torch.ones_like(lengths))
-        return divisor.index_select(0, self.lookup_of_column).t()
+    Args:
+        lengths: int [lookups, samples].
+        width: bags a lookup has afterwards, at least as many as are not empty in any.
+        count: bags that are not empty.
 
-
-def _partition(split: KeyedJaggedTensor, slots: torch.Tensor, is_hot: torch.Tensor) -> tuple[KeyedJaggedTensor, KeyedJaggedTensor]:
-    """Parts one KeyedJaggedTensor by a mask over its values: the hot part carries slots, the cold part the ids."""
-    hot_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
-    offsets = split.offsets().to(torch.int64)
-    lengths = split.lengths()
-    hot_lengths = (hot_before[offsets[1:]] - hot_before[offsets[:-1]]).to(lengths.dtype)
-    weights = split.weights_or_none()
-    parts = [
-        KeyedJaggedTensor(
-            keys=split.keys(),
-            values=values[mask],
-            lengths=part_lengths,
-            weights=None if weights is None else weights[mask],
-            stride=split.stride(),
-        )
-        for values, mask, part_lengths in ((slots, is_hot, hot_lengths), (split.values(), ~is_hot, lengths - hot_lengths))
-    ]
-    return parts[0], parts[1]
-
-
-def _replace(kjt: KeyedJaggedTensor, values: torch.Tensor) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(kjt.keys(), values, weights=kjt.weights_or_none(), lengths=kjt.lengths(), stride=kjt.stride())
-
-
-def _concat(keys: list[str], first: KeyedJaggedTensor, second: KeyedJaggedTensor) -> KeyedJaggedTensor | None:
-    """Joins the features of two KeyedJaggedTensors of the same samples under new keys; None where there is no key."""
-    if not keys:
-        return None
-    weights = first.weights_or_none()
-    return KeyedJaggedTensor(
-        keys=keys,
-        values=torch.cat([first.values(), second.values()]),
-        lengths=torch.cat([first.lengths(), second.lengths()]),
-        weights=None if weights is None else torch.cat([weights, second.weights()]),
-        stride=first.stride(),
-    )
+    Returns:
+        lengths int [lookups x width], and int64 [lookups, width], the sample of each bag (the empty ones spread over all samples, so that
+        none is added to by many).
+    """
+    lookups, samples = lengths.shape
+    full = lengths > 0
+    bag = torch.nonzero_static(full.view(-1), size=count).squeeze(1)
+    lookup = torch.div(bag, samples, rounding_mode="floor")
+    to = (full.cumsum(1) - 1).view(-1).index_select(0, bag) + lookup * width
+    packed = lengths.new_zeros(lookups * width)
+    packed[to] = lengths.view(-1).index_select(0, bag)
+    sample = torch.arange(width, device=lengths.device).repeat(lookups)
+    sample[to] = bag - lookup * samples
+    return packed, sample.view(lookups, width)

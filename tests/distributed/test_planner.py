@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from fae_torchrec.core.errors import FingerprintError
@@ -53,7 +54,8 @@ def test_the_plan_holds_the_cold_tier_and_the_placement() -> None:
     ebc = plan.plan["ebc"]
     assert isinstance(ebc, FAEModuleShardingPlan)
     assert ebc.placement is placement
-    assert sorted(ebc) == ["big", "frozen", "other", "wide"], "`tiny` is all hot: its constraints do not matter"
+    assert (ebc.hot_tier, dict(ebc.hot)) == ("replicated", {})
+    assert list(ebc) == ["tiny", "big", "wide", "frozen", "other"], "`tiny` is all hot: its constraints do not matter"
     assert {(sharding.sharding_type, sharding.compute_kernel) for sharding in ebc.values()} == {("table_wise", "fused")}
     assert constraints["big"].sharding_types is None, "the user's constraints stay as they were"
 
@@ -83,70 +85,36 @@ def test_other_tables() -> None:
     assert "saved table 'tiny' with 6 rows and features ['a'], given table 'tiny' with 7 rows" in str(error.value)
 
 
-def test_sharders_without_ours() -> None:
-    planner = FAEShardingPlanner(placement_of(CASE), topology())
-    with pytest.raises(PlannerError, match=r"no FAEEmbeddingBagCollectionSharder.*pass get_fae_sharders\(\)"):
-        planner.plan(new_model(CASE), get_default_sharders())
+def _both_kinds() -> nn.Module:
+    """A pooled and an unpooled collection."""
+    bags = [EmbeddingBagConfig(name=name, num_embeddings=40, embedding_dim=4, feature_names=[f"f{name}"]) for name in ("a", "b")]
+    rows = [EmbeddingConfig(name=name, num_embeddings=40, embedding_dim=4, feature_names=[f"f{name}"]) for name in ("c", "d")]
+    meta = torch.device("meta")
+    return nn.ModuleDict({"ebc": EmbeddingBagCollection(bags, device=meta), "ec": EmbeddingCollection(rows, device=meta)})
 
 
-def _unmarked(**how: Any) -> nn.Module:
-    model = nn.Module()
-    table = EmbeddingBagConfig(
-        name="t", num_embeddings=40, embedding_dim=4, feature_names=["a"], pooling=how.pop("pooling", PoolingType.SUM)
-    )
-    model.ebc = EmbeddingBagCollection(tables=[table], device=torch.device("meta"), **how)
-    return model
+def test_tables_left_to_stock() -> None:
+    model = _both_kinds()
+    placement = with_hot(model_tables(model, leave=["b", "c", "d"]), 0.5)
+    given = {"b": ParameterConstraints(sharding_types=["data_parallel"]), "c": ParameterConstraints(sharding_types=["column_wise"])}
+    planner = FAEShardingPlanner(placement, topology(), 16, given, stock_tables=("b", "c", "d"))
+    ours = planner.plan(model, get_fae_sharders()).plan
+    stock = EmbeddingShardingPlanner(topology(), 16, constraints=given).plan(model, get_default_sharders()).plan
+    assert (type(ours["ebc"]), list(ours["ebc"])) == (FAEModuleShardingPlan, ["a", "b"])
+    assert [(part["ebc"]["b"].sharding_type, part["ebc"]["b"].compute_kernel) for part in (ours, stock)] == [("data_parallel", "dense")] * 2
+    assert not isinstance(ours["ec"], FAEModuleShardingPlan)
+    assert [part["ec"]["c"].sharding_type for part in (ours, stock)] == ["column_wise"] * 2
 
 
-def test_unsupported_optimizers() -> None:
-    marked = _unmarked()
-    apply_optimizer_in_backward(torch.optim.Adam, marked.ebc.parameters(), {"lr": 0.1})
-    message = r"table 't' is optimized by adam, hot tables may use \['adagrad', 'rowwise_adagrad', 'sgd'\]; choose one of these or plan"
-    with pytest.raises(PlannerError, match=message):
-        FAEShardingPlanner(with_hot(model_tables(marked), 0.5), topology()).plan(marked, get_fae_sharders())
-    for optimizer, received in (
-        (EmbOptimType.ADAM, message),
-        (EmbOptimType.LAMB, "fused_params name the optimizer 'lamb'; hot tables may use"),
-    ):
-        model = _unmarked()
-        with pytest.raises(PlannerError, match=received):
-            FAEShardingPlanner(with_hot(model_tables(model), 0.5), topology()).plan(model, get_fae_sharders({"optimizer": optimizer}))
-    all_cold = FAEShardingPlanner(with_hot(model_tables(marked), 0.0), topology()).plan(marked, get_fae_sharders())
-    assert list(all_cold.plan["ebc"]) == ["t"], "control: stock may train a cold table with Adam"
-    fused = get_fae_sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1})
-    model = _unmarked()
-    assert isinstance(
-        FAEShardingPlanner(with_hot(model_tables(model), 0.5), topology()).plan(model, fused).plan["ebc"], FAEModuleShardingPlan
-    )
-
-
-def test_weighted_mean() -> None:
-    model = _unmarked(is_weighted=True, pooling=PoolingType.MEAN)
-    with pytest.raises(PlannerError, match=r"ebc: tables \['t'\] pool weighted ids by MEAN.*use SUM or plan this model with"):
-        FAEShardingPlanner(with_hot(model_tables(model), 0.5), topology()).plan(model, get_fae_sharders())
-
-
-def test_hot_rows_larger_than_storage() -> None:
-    placement = placement_of(CASE)  # SGD: weights alone
-    needed = 4 * (6 * 4 + 60 * 4 + 30 * 8 + 25 * 8)
-    assert placement.hot_bytes == needed
-    with pytest.raises(
-        PlannerError, match=rf"the hot rows take {needed:,} bytes on every rank, rank 0 has 2,500 bytes of ddr; select the hot set"
-    ):
-        FAEShardingPlanner(placement, topology(ddr_cap=2500))
-    whole = topology(ddr_cap=10**6)
-    FAEShardingPlanner(placement, whole)
-    assert [device.storage.ddr for device in whole.devices] == [10**6] * 2, "the caller's topology stays as it was"
-
-
-def test_unknown_cold_tier() -> None:
-    for tier in ("ssd", "uvm"):
-        with pytest.raises(
-            PlannerError, match=rf"no cold tier '{tier}' on device 'cpu'; choose one of \['host on cpu', 'uvm on cuda', .*or 'auto'"
-        ):
-            FAEShardingPlanner(placement_of(CASE), topology(), cold_tier=tier)
-    for tier in ("host", "auto"):
-        FAEShardingPlanner(placement_of(CASE), topology(), cold_tier=tier)
+def test_which_tables_may_be_left_to_stock() -> None:
+    model = _both_kinds()
+    placement = with_hot(model_tables(model, leave=["b", "c", "d"]), 0.5)
+    with pytest.raises(FingerprintError, match=r"stock sharding: FAEShardingPlanner\(..., stock_tables=\['b', 'c', 'd'\]\)"):
+        FAEShardingPlanner(placement, topology()).plan(model, get_fae_sharders())
+    with pytest.raises(PlannerError, match=r"stock_tables \['a'\] are tables of the row placement .*; a table is either placed or left"):
+        FAEShardingPlanner(placement, topology(), stock_tables=["a", "b", "c", "d"])
+    with pytest.raises(PlannerError, match=r"stock_tables \['e'\] are not tables of the model, which has \['a', 'b', 'c', 'd'\]"):
+        FAEShardingPlanner(placement, topology(), stock_tables=["b", "c", "d", "e"]).plan(model, get_fae_sharders())
 
 
 def test_constraints_that_leave_nothing() -> None:
@@ -159,6 +127,13 @@ def test_constraints_that_leave_nothing() -> None:
         PlannerError, match=r"table 'other': constraints allow the compute kernels \['dense'\], its cold tier offers \['fused'\]"
     ):
         FAEShardingPlanner(placement_of(CASE), topology(), constraints=given)
+
+
+def test_stock_arguments_that_change_the_tiers() -> None:
+    model, free = new_model(CASE), EmbeddingEnumerator(topology(), 16, {"big": ParameterConstraints(sharding_types=["column_wise"])})
+    planner = FAEShardingPlanner(placement_of(CASE), topology(), 16, enumerator=free)
+    with pytest.raises(PlannerError, match=r"table 'big': the stock planner gave \('column_wise', 'fused'\) for its cold tier.*enumerator"):
+        planner.plan(model, get_fae_sharders())
 
 
 def test_no_process_group() -> None:
@@ -208,6 +183,10 @@ def _train_two(rank: int, hot_cold: bool) -> Any:
     return losses, whole_tensors(sharded.state_dict()), [type(part).__name__ for part in sharded.module.parts]
 
 
+def _written(plan: ShardingPlan) -> str:
+    return f"{plan} {plan.plan['ebc'].hot_tier} {plan.plan['ebc'].hot}"
+
+
 def _error_of(call: Any) -> str:
     try:
         call()
@@ -225,11 +204,13 @@ def _on_two_ranks(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     placement, model, group = placement_of(CASE), new_model(CASE), dist.group.WORLD
     planner = FAEShardingPlanner(placement, topology(), 16)
-    seen["plans"] = (str(planner.plan(model, get_fae_sharders())), str(planner.collective_plan(model)))
+    sharded = FAEShardingPlanner(placement, topology(), 16, hot_tier="table_wise")
+    seen["plans"] = [_written(plan(model, get_fae_sharders())) for plan in (planner.plan, planner.collective_plan)]
+    seen["sharded plans"] = [_written(plan(model, get_fae_sharders())) for plan in (sharded.plan, sharded.collective_plan)]
     differing = with_hot(placement.tables, 0.1 * (1 + rank))
     seen["placements"] = differing.fingerprint
     seen["differing placements"] = _error_of(lambda: FAEShardingPlanner(differing, topology()).collective_plan(model, pg=group))
-    other_tables = with_hot(model_tables(_unmarked()), 0.5) if rank else placement
+    other_tables = with_hot(model_tables(_both_kinds()), 0.5) if rank else placement
     seen["other tables on rank 1"] = _error_of(lambda: FAEShardingPlanner(other_tables, topology()).collective_plan(model))
     failing = FAEShardingPlanner(placement, topology(), partitioner=_FailingPartitioner())
     seen["planning fails on rank 0"] = _error_of(lambda: failing.collective_plan(model))
@@ -249,7 +230,8 @@ def seen_by_ranks() -> list[dict[str, Any]]:
 
 
 def test_collective_plan_equals_plan_on_every_rank() -> None:
-    assert len({plan for seen in seen_by_ranks() for plan in seen["plans"]}) == 1
+    for kind in ("plans", "sharded plans"):
+        assert len({plan for seen in seen_by_ranks() for plan in seen[kind]}) == 1
 
 
 def test_differing_placements_are_an_error_on_every_rank() -> None:
