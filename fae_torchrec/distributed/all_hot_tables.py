@@ -78,7 +78,11 @@ class AllHotTable:
         )
         states = [dict(self.replica.state)]
         return EmbeddingFusedOptimizer(
-            group, self.replica.kernel.emb_module, self._group, embedding_weights_by_table=[self.replica.weights], all_optimizer_states=states
+            group,
+            self.replica.kernel.emb_module,
+            self._group,
+            embedding_weights_by_table=[self.replica.weights],
+            all_optimizer_states=states,
         )
 
 

@@ -29,14 +29,13 @@ from fae_torchrec.distributed.tiers import (
     Collection,
     FAEContext,
     StockTier,
-    configs_of,
     left_configs,
     merged_tables,
     optimizer_key,
     tier_collection,
-    weights_of,
 )
 from fae_torchrec.modules.lookups import HotGroup, TableConfig, cold_configs, hot_groups
+from fae_torchrec.modules.model_tables import table_configs, table_weights
 from fae_torchrec.modules.tier_split import TierSplit
 
 
@@ -80,10 +79,10 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._fused_params = fused_params
         self._device = device or torch.device("cpu")
         self._module_fqn = module_fqn
-        configs = list(configs_of(module))
+        configs = table_configs(module)
         self._configs = {config.name: config for config in configs}
         self._kinds = {name: self.placement.kind(name) for name in self._configs if name in self.placement.tables.names}
-        weights = weights_of(module)
+        weights = table_weights(module)
         groups = hot_groups(configs, self.placement, lambda config: optimizer_key(weights[config.name]))
         mode = BoundsCheckMode((fused_params or {}).get("bounds_check_mode", BoundsCheckMode.WARNING))
         self.tier_split = self._new_split(groups, mode)

@@ -28,6 +28,7 @@ from fae_torchrec.distributed.homes import LocalTable, local_tables, whole_table
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.touched_rows import TouchedRows, check_promise, exchange_touched_rows
 from fae_torchrec.modules.lookups import HotGroup
+from fae_torchrec.modules.pooling import join_groups
 from fae_torchrec.modules.tier_split import HotBags, TieredIds
 
 
@@ -178,12 +179,7 @@ class ReplicatedHotTier:
         ]
 
     def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        if not self._pooled:
-            return torch.cat(parts)
-        samples = parts[0].shape[0] // len(self._groups[0].lookups)
-        return torch.cat([part.view(samples, -1) for part in parts], dim=1)
+        return join_groups(parts, self._groups) if self._pooled else torch.cat(parts)
 
     def _part(self, grad: torch.Tensor, bags: list[HotBags]) -> list[torch.Tensor]:
         """The inverse of `_join`, for gradients: [bags, dim] by group."""
@@ -204,9 +200,7 @@ class ReplicatedHotTier:
         """
         assert self.group is not None and rows.touched is not None
         scale = self.group.size() if get_gradient_division() else 1
-        own = [
-            _sum_by_slot(part, how) / scale for part, how in zip(self._part(grad.contiguous(), rows.bags), rows.own, strict=True)
-        ]
+        own = [_sum_by_slot(part, how) / scale for part, how in zip(self._part(grad.contiguous(), rows.bags), rows.own, strict=True)]
         of_all = exchange_compact_gradients(own, rows.touched, self.group, self._codec)
         if self.step_count is not None:
             self.step_count.resume(step)  # the update belongs to the step of its forward

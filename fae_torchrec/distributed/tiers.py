@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Multistreamable
 
 from fae_torchrec.modules.lookups import HotGroup, TableConfig
+from fae_torchrec.modules.model_tables import table_configs, table_weights
 from fae_torchrec.modules.tier_split import TieredIds
 
 Collection = EmbeddingBagCollection | EmbeddingCollection
@@ -93,17 +94,6 @@ class StockTier:
         self.module.input_dist(ctx, KeyedJaggedTensor(self.keys, none, weights, lengths)).wait().wait()
 
 
-def weights_of(collection: Collection) -> Mapping[str, nn.Parameter]:
-    """The weights of an unsharded collection by table."""
-    modules = collection.embedding_bags if isinstance(collection, EmbeddingBagCollection) else collection.embeddings
-    return {name: module.weight for name, module in modules.items()}
-
-
-def configs_of(collection: Collection) -> Sequence[TableConfig]:
-    """The tables of an unsharded collection."""
-    return collection.embedding_bag_configs() if isinstance(collection, EmbeddingBagCollection) else collection.embedding_configs()
-
-
 def optimizer_key(weight: nn.Parameter) -> Hashable:
     """What two tables that share a kernel must have in common: the fused optimizer that `apply_optimizer_in_backward` marked."""
     return repr([getattr(weight, mark, None) for mark in _MARKS])
@@ -122,13 +112,13 @@ def tier_collection(stock: Collection, configs: Sequence[TableConfig], like: Map
         tier: Collection = EmbeddingBagCollection(list(configs), stock.is_weighted(), meta)
     else:
         tier = EmbeddingCollection(list(configs), meta, need_indices=False)
-    _mark(weights_of(tier), weights_of(stock), like)
+    _mark(table_weights(tier), table_weights(stock), like)
     return tier
 
 
 def merged_tables(stock: Collection, groups: Sequence[HotGroup]) -> EmbeddingBagCollection:
     """One table per group that has slots: the group's hot rows, one table's after the other's. On the meta device, marked as stock's."""
-    dtypes = {config.name: config.data_type for config in configs_of(stock)}
+    dtypes = {config.name: config.data_type for config in table_configs(stock)}
     merged, like = [], {}
     for number, group in enumerate(groups):
         if not group.num_slots:
@@ -146,7 +136,7 @@ def merged_tables(stock: Collection, groups: Sequence[HotGroup]) -> EmbeddingBag
             )
         )
     tables = EmbeddingBagCollection(merged, False, torch.device("meta"))
-    _mark(weights_of(tables), weights_of(stock), like)
+    _mark(table_weights(tables), table_weights(stock), like)
     return tables
 
 
@@ -154,7 +144,7 @@ def left_configs(stock: Collection, placed: Sequence[str]) -> list[TableConfig]:
     """The tables that the placement does not know and that stay stock's, with features named by lookup (`feature@table`)."""
     return [
         replace(config, feature_names=[f"{feature}@{config.name}" for feature in config.feature_names])
-        for config in configs_of(stock)
+        for config in table_configs(stock)
         if config.name not in placed
     ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
@@ -13,9 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind, TableSet
 from fae_torchrec.modules.conversion import hot_rows_of, merge_into_stock
+from fae_torchrec.modules.lookups import cold_configs, hot_groups
 from fae_torchrec.modules.model_tables import model_tables
-from fae_torchrec.modules.pooling import combine_tiers
-from fae_torchrec.modules.tier_split import TierSplit, tier_configs
+from fae_torchrec.modules.pooling import TierJoin, join_groups
+from fae_torchrec.modules.tier_split import BagSplit, HotBags
 
 
 class FAEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -49,12 +52,17 @@ class FAEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs: list[EmbeddingBagConfig] = ebc.embedding_bag_configs()
         self._is_weighted: bool = ebc.is_weighted()
         self._device = hot_device or ebc.device
-        self._rows = {config.name: config.num_embeddings for config in self._configs}
         self._kinds = {config.name: placement.kind(config.name) for config in self._configs}
         self._hot_ids = {config.name: torch.as_tensor(placement.hot_ids[config.name]) for config in self._configs}
-        self.tier_split = TierSplit(self._configs, placement, self._device)
-        hot, cold = (tier_configs(self._configs, placement, hot=hot) for hot in (True, False))
-        self.hot = EmbeddingBagCollection(hot, self._is_weighted, self._device) if hot else None
+        self._groups = hot_groups(self._configs, placement)
+        self.tier_split = BagSplit(self._groups, self._configs, placement, self._device, BoundsCheckMode.FATAL)
+        cold = cold_configs(self._configs, placement)
+        columns = [key for config in cold for key in config.feature_names]
+        self._join = TierJoin(self.tier_split.lookups, columns, [lookup.key for lookup in self.tier_split.cold_lookups], self._device)
+        dtypes = {config.name: ebc.embedding_bags[config.name].weight.dtype for config in self._configs}
+        self.hot = nn.ParameterList(
+            torch.empty(group.num_slots, group.dim, device=self._device, dtype=dtypes[group.lookups[0].table]) for group in self._groups
+        )
         self.cold = EmbeddingBagCollection(cold, self._is_weighted, cold_device or ebc.device) if cold else None
         self.register_state_dict_post_hook(_to_stock_keys)
         self.register_load_state_dict_pre_hook(_from_stock_keys)
@@ -68,12 +76,20 @@ class FAEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             features: raw ids [F, B] on the hot device.
 
         Returns:
-            KeyedTensor [B, sum of dims] on the hot device; blocks of all-hot tables first, then split, then all-cold.
+            KeyedTensor [B, sum of dims] on the hot device; its blocks are in the order of the hot groups.
         """
         ids = self.tier_split(features)
-        hot = self.hot(ids.hot).values() if self.hot is not None else None
+        parts = [_sum_bags(weight, bags) for weight, bags in zip(self.hot, ids.hot, strict=True)]
         cold = self.cold(ids.cold.to(self.cold.device)).values().to(self._device) if self.cold is not None else None
-        return combine_tiers(self.tier_split.lookups, hot, cold, ids.divisor)
+        return self._join.keyed(self._join(join_groups(parts, self._groups), cold, ids.cold_at, ids.lengths))
+
+    def slots_of(self) -> Iterator[tuple[str, str, int, int]]:
+        """Where each table's hot rows lie: (table, name of the parameter, first slot, hot rows)."""
+        for number, group in enumerate(self._groups):
+            first = 0
+            for table, rows in group.tables:
+                yield table, f"hot.{number}", first, rows
+                first += rows
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The stock tables."""
@@ -89,31 +105,59 @@ class FAEEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return self._device
 
 
-def _tier_key(prefix: str, tier: str, table: str) -> str:
-    return f"{prefix}{tier}.embedding_bags.{table}.weight"
+def _sum_bags(weight: torch.Tensor, bags: HotBags) -> torch.Tensor:
+    if not weight.shape[0]:  # embedding_bag refuses an empty table; a group of all-cold tables
+        return weight.new_zeros(bags.offsets.numel() - 1, weight.shape[1])
+    weights = None if bags.weights is None else bags.weights.to(weight.dtype)
+    sums: torch.Tensor = torch.nn.functional.embedding_bag(
+        bags.slots, weight, bags.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+    return sums
 
 
 def _to_stock_keys(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
     """State dict hook: whole stock tables in place of the two tiers."""
     assert isinstance(module, FAEEmbeddingBagCollection)
+    hot = {table: state[prefix + name][first : first + rows] for table, name, first, rows in module.slots_of()}
+    cold = {table: state.pop(f"{prefix}cold.embedding_bags.{table}.weight", None) for table in module._kinds}
+    for number in range(len(module.hot)):
+        del state[f"{prefix}hot.{number}"]
     for table, kind in module._kinds.items():
-        hot = state.pop(_tier_key(prefix, "hot", table), None)
-        cold = state.pop(_tier_key(prefix, "cold", table), None)
         if kind is TableKind.SPLIT:
-            weight = merge_into_stock(cold.detach(), hot.detach(), module._hot_ids[table])
+            weight = merge_into_stock(cold[table].detach(), hot[table].detach(), module._hot_ids[table])
         else:
-            weight = hot if kind is TableKind.HOT else cold
+            weight = hot[table] if kind is TableKind.HOT else cold[table]
         state[f"{prefix}embedding_bags.{table}.weight"] = weight
 
 
-def _from_stock_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load hook: the two tiers in place of whole stock tables."""
+def _from_stock_keys(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _metadata: dict[str, Any],
+    _strict: bool,
+    missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Load hook: the two tiers in place of whole stock tables; a table that is missing or has another shape keeps its rows."""
     assert isinstance(module, FAEEmbeddingBagCollection)
+    weights = dict(module.named_parameters())
+    stock: dict[str, torch.Tensor] = {}
+    for config in module.embedding_bag_configs():
+        key, shape = f"{prefix}embedding_bags.{config.name}.weight", (config.num_embeddings, config.embedding_dim)
+        if key not in state:
+            missing.append(key)
+        elif tuple(state[key].shape) != shape:
+            errors.append(f"size mismatch for {key}: received shape {tuple(state[key].shape)}, the table has {shape}")
+        else:
+            stock[config.name] = state[key]
+        state.pop(key, None)
+    state.update({f"{prefix}hot.{number}": weight.detach().clone() for number, weight in enumerate(module.hot)})
+    for table, name, first, rows in module.slots_of():
+        if table in stock:
+            state[prefix + name][first : first + rows] = hot_rows_of(stock[table], module._hot_ids[table])
     for table, kind in module._kinds.items():
-        weight = state.pop(f"{prefix}embedding_bags.{table}.weight", None)
-        if weight is None:
-            continue  # load_state_dict reports the tiers' keys as missing
-        # Whole tables go to the tier that holds as many rows, so that load_state_dict reports another shape.
-        state[_tier_key(prefix, "hot" if kind is TableKind.HOT else "cold", table)] = weight
-        if kind is TableKind.SPLIT and len(weight) == module._rows[table]:
-            state[_tier_key(prefix, "hot", table)] = hot_rows_of(weight, module._hot_ids[table])
+        if kind is not TableKind.HOT:
+            name = f"cold.embedding_bags.{table}.weight"
+            state[prefix + name] = stock.get(table, weights[name].detach())

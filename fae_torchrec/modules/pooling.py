@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from fae_torchrec.modules.lookups import Lookup
+from fae_torchrec.modules.lookups import HotGroup, Lookup
 
 
 class TierJoin(nn.Module):
@@ -50,7 +50,9 @@ class TierJoin(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value.to(device), persistent=False)
 
-    def forward(self, hot: torch.Tensor, cold: torch.Tensor | None, cold_at: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hot: torch.Tensor, cold: torch.Tensor | None, cold_at: torch.Tensor | None, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
         """Joins one batch.
 
         Args:
@@ -75,6 +77,23 @@ class TierJoin(nn.Module):
     def keyed(self, values: torch.Tensor) -> KeyedTensor:
         """The joined batch by the stock names."""
         return KeyedTensor(keys=self._names, length_per_key=self._dims, values=values)
+
+
+def join_groups(parts: Sequence[torch.Tensor], groups: Sequence[HotGroup]) -> torch.Tensor:
+    """Lays the groups' bags side by side.
+
+    Args:
+        parts: [samples x lookups of the group, dim] by group, a sample's bags next to each other.
+        groups: in the same order.
+
+    Returns:
+        Contiguous, [samples, sum of dims], or the one part as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    samples = parts[0].shape[0] // len(groups[0].lookups)
+    widths = [len(group.lookups) * group.dim for group in groups]
+    return torch.cat([part.view(samples, width) for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
 class _AddUnits(torch.autograd.Function):

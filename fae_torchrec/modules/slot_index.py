@@ -117,7 +117,7 @@ def new_slot_index(
         device: where the index lies; the rows looked up must be on the same device.
         compact_above_rows: the most rows (of all tables together) of a dense index. It costs 4 bytes x rows of fast memory, which
             hot rows could use: 256 MB at this default, 12 MB as a bitmap, whose lookup takes 1.5 to 2.5 times
-            as long (`benchmarks/slot_index.py`). 0 makes every index a bitmap.
+            as long on an idle CPU, up to 8 times on a contended one (`benchmarks/slot_index.py`). 0 makes every index a bitmap.
 
     Raises:
         ConfigError: there are 2**31 hot rows or more.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -139,9 +138,11 @@ class TierSplit(nn.Module):
             raise DataError(f"the batch lacks the features {missing}; it has {features.keys()}; feed every feature of the tables")
         return [position[lookup.feature] for lookup in self.lookups]
 
-    def _find(self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def _find(
+        self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, base: torch.Tensor
+    ) -> torch.Tensor:
         """Brings ids into bounds, in place, and looks their slots up: int64, -1 where cold. `rows` and `base` are by bag."""
-        if self._bounds_check_mode != BoundsCheckMode.NONE:
+        if values.numel() and self._bounds_check_mode != BoundsCheckMode.NONE:
             torch.ops.fbgemm.bounds_check_indices(rows, values, offsets, self._bounds_check_mode.value, self.out_of_bounds)
         values.clamp_(min=0)  # FBGEMM lets -1 pass, a pruned row to its inference kernels
         first = torch.repeat_interleave(base, lengths, output_size=values.numel())
@@ -246,10 +247,10 @@ class BagSplit(TierSplit):
         bags_of_groups = self._group_bags(slots.index_select(0, hot), hot_offsets, hot_weights, order.first)
         return TieredIds(bags_of_groups, packed, cold_at, none, by_sample)
 
-    @staticmethod
-    def _by_sample(lengths: torch.Tensor, order: _BagOrder) -> torch.Tensor:
+    def _by_sample(self, lengths: torch.Tensor, order: _BagOrder) -> torch.Tensor:
         """Lengths of bags as [samples, lookups]."""
-        return torch.cat([lengths[a:b].view(order.samples, -1) for a, b in pairwise(order.first)], dim=1)
+        parts = lengths.split([order.samples * len(group.lookups) for group in self.groups])
+        return torch.cat([part.view(order.samples, len(group.lookups)) for part, group in zip(parts, self.groups, strict=True)], dim=1)
 
     def _order(self, features: KeyedJaggedTensor) -> tuple[_BagOrder, int]:
         """The order of the bags, computed once for a batch size, and the number of ids in it."""

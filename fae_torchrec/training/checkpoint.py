@@ -52,7 +52,7 @@ def save_checkpoint(
     state = TrainingState(model, optimizer)
     values: dict[str, Any] = {"model": state.model_state, _EXTRA: text}
     if optimizer is not None:
-        values["optimizer"] = state.optimizer_state
+        values["optimizer"] = {"state": state.optimizer_state["state"]}
     if state.step is not None:
         values[_STEP] = state.step
     save(values, checkpoint_id=path)
@@ -64,9 +64,11 @@ def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParalle
 
     Names, shapes and files are checked first, so that an error leaves the model as it was.
 
+    Values are converted to the model's dtypes.
+
     Args:
         path: the folder.
-        model: sharded by any plan.
+        model: sharded by any plan, stock's or ours.
         optimizer: its optimizers, or None to load the weights alone.
 
     Returns:

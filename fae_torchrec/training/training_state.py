@@ -118,7 +118,10 @@ class TrainingState:
         Args:
             step: the fused optimizers' step count; None leaves theirs.
         """
-        self._model.load_state_dict(dict(self.model_state))  # DistributedModelParallel renames the keys of the dict it is given
+        # Torchrec 1.8 cannot load column shards of different widths, not even its own; their values are in place. The dict is a new one,
+        # because DistributedModelParallel renames its keys.
+        uneven = {key for key, entry in self.entries.items() if len(set(_widths(entry))) > 1}
+        self._model.load_state_dict({key: x for key, x in self.model_state.items() if ("model", key) not in uneven}, strict=False)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(self.optimizer_state)
             for kernel in _counting_kernels(self._model) if step is not None else ():
@@ -137,8 +140,7 @@ class TrainingState:
         for key in self.entries:
             weight = self.weight_of(key)
             if weight is not None:
-                boxes = [(piece.offsets, piece.sizes) for _, piece in self.entries[weight].pieces]
-                cut = widths_of(boxes)
+                cut = _widths(self.entries[weight])
                 if len(cut) > 1:
                     widths[key[1]] = cut
         return widths
@@ -183,6 +185,10 @@ def flat(path: Key, value: object) -> Iterator[tuple[Key, Any]]:
 def widths_of(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
     """Widths of the column blocks, in order, of a matrix that consists of (offsets, sizes) boxes."""
     return [width for _, width in sorted({(offsets[1], sizes[1]) for offsets, sizes in boxes if len(offsets) == 2})]
+
+
+def _widths(entry: Entry) -> list[int]:
+    return widths_of([(piece.offsets, piece.sizes) for _, piece in entry.pieces])
 
 
 def can_refit(given: Sequence[int], entry: Entry, rows: int | None) -> bool:

@@ -27,7 +27,7 @@ from fae_torchrec.distributed.planner import FAEShardingPlanner
 from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad, "adam": torch.optim.Adam}
 LEARNING_RATE = 0.1
 
 

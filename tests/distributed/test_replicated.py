@@ -16,7 +16,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from fae_torchrec.distributed.replicated import _pool_rows
+from fae_torchrec.distributed.replicated import _own_rows, _sum_by_slot
+from fae_torchrec.modules.tier_split import HotBags
 from tests.distributed.small_model import Case, new_batch, placement_of, shard, train, whole_tensors
 
 KEYS = ["a", "b", "c", "d", "e"]
@@ -105,11 +106,18 @@ def test_edges_equal_stock(name: str, ranks: int) -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
 
 
-def test_pooling_over_no_row() -> None:
-    offsets = torch.tensor([0, 0, 0])
-    assert _pool_rows(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), offsets, None).tolist() == [[0, 0, 0], [0, 0, 0]]
-    rows = torch.tensor([[1.0], [10.0]])
-    assert _pool_rows(rows, torch.tensor([0, 1, 1]), torch.tensor([0, 2, 3]), torch.tensor([2.0, 1.0, 3.0])).tolist() == [[12], [30]]
+def test_gradients_are_summed_over_the_distinct_slots() -> None:
+    """Bags [3, 1], [], [3]; the gradient of slot 1 is bag 0's, that of slot 3 both bags', by weight."""
+    bags = HotBags(torch.tensor([3, 1, 3]), torch.tensor([0, 2, 2, 3]), torch.tensor([2.0, 3.0, 5.0]))
+    distinct, how = _own_rows(bags)
+    assert distinct.tolist() == [1, 3]
+    grad = torch.tensor([[1.0], [10.0], [100.0]])
+    assert _sum_by_slot(grad, how).tolist() == [[3], [502]]
+    none = HotBags(torch.empty(0, dtype=torch.int64), torch.tensor([0, 0]), None)
+    distinct, how = _own_rows(none)
+    assert _sum_by_slot(torch.ones(1, 4), how).shape == (0, 4)
+    none = HotBags(torch.empty(0, dtype=torch.int64), torch.tensor([0]), None)
+    assert _sum_by_slot(torch.empty(0, 4), _own_rows(none)[1]).shape == (0, 4)
 
 
 def test_a_batch_promised_hot_keeps_its_promise_and_its_ids() -> None:

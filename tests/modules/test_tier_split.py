@@ -1,13 +1,13 @@
-"""TierSplit against a reference that walks the ids one by one."""
+"""BagSplit against a reference that walks the ids one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -15,8 +15,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
-from fae_torchrec.core.tables import TableKind
-from fae_torchrec.modules.tier_split import TieredIds, TierSplit, lookups_by_tier, tier_configs
+from fae_torchrec.modules.lookups import hot_groups
+from fae_torchrec.modules.slot_index import BitmapSlotIndex, DenseSlotIndex
+from fae_torchrec.modules.tier_split import BagSplit, TieredIds
 from tests.modules.small_tables import ALL_COLD, ALL_HOT, FEATURES, HOT, KEYS, ROWS, batch, configs, placement_of
 
 CPU = torch.device("cpu")
@@ -30,40 +31,75 @@ class Part(NamedTuple):
     weights: list[list[float]]
 
 
-def reference(bags: Bags, weights: Mapping[str, list[list[float]]], placement: RowPlacement) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Hot and cold parts by lookup key, one id at a time."""
+def new_split(
+    tables: list[EmbeddingBagConfig], placement: RowPlacement, mode: BoundsCheckMode = BoundsCheckMode.IGNORE, compact: int | None = None
+) -> BagSplit:
+    return BagSplit(hot_groups(tables, placement), tables, placement, CPU, mode, compact)
+
+
+def reference(
+    bags: Bags, weights: Mapping[str, list[list[float]]], placement: RowPlacement, split: BagSplit
+) -> tuple[dict[str, Part], dict[str, Part]]:
+    """Hot parts (slots within the group) and cold parts (ids) by lookup key, one id at a time; an id beyond its table is row 0."""
+    first_slot = {}
+    for group in split.groups:
+        slot = 0
+        for table, rows in group.tables:
+            first_slot[table] = slot
+            slot += rows
     hot: dict[str, Part] = {}
     cold: dict[str, Part] = {}
     for table, features in FEATURES.items():
         slot_of = {row: slot for slot, row in enumerate(placement.hot_ids[table].tolist())}
-        kind = placement.kind(table)
         for feature in features:
             parts = {True: Part([], []), False: Part([], [])}
             for bag, bag_weights in zip(bags[feature], weights[feature], strict=True):
                 for part in parts.values():
                     part.ids.append([])
                     part.weights.append([])
-                for i, weight in zip(bag, bag_weights, strict=True):
-                    to_hot = kind is TableKind.HOT or i in slot_of  # an all-hot table has no cold tier to send anything to
-                    parts[to_hot].ids[-1].append(slot_of.get(i, i) if to_hot else i)
-                    parts[to_hot].weights[-1].append(weight)
-            if kind is not TableKind.COLD:
-                hot[f"{feature}@{table}"] = parts[True]
-            if kind is not TableKind.HOT:
-                cold[f"{feature}@{table}"] = parts[False]
+                for given, weight in zip(bag, bag_weights, strict=True):
+                    i = given if 0 <= given < ROWS[table] else 0
+                    parts[i in slot_of].ids[-1].append(first_slot[table] + slot_of[i] if i in slot_of else i)
+                    parts[i in slot_of].weights[-1].append(weight)
+            hot[f"{feature}@{table}"], cold[f"{feature}@{table}"] = parts[True], parts[False]
     return hot, cold
 
 
-def parts_of(kjt: KeyedJaggedTensor | None) -> dict[str, Part]:
-    """A KeyedJaggedTensor as nested lists."""
-    if kjt is None:
+def hot_parts(split: BagSplit, ids: TieredIds, samples: int) -> dict[str, Part]:
+    """The hot bags as nested lists, by lookup."""
+    parts = {}
+    for group, bags in zip(split.groups, ids.hot, strict=True):
+        cuts = bags.offsets.tolist()
+        weights = [1.0] * bags.slots.numel() if bags.weights is None else bags.weights.tolist()
+        assert len(cuts) == samples * len(group.lookups) + 1
+        for position, lookup in enumerate(group.lookups):
+            of_lookup = [sample * len(group.lookups) + position for sample in range(samples)]
+            parts[lookup.key] = Part(
+                [bags.slots[cuts[bag] : cuts[bag + 1]].tolist() for bag in of_lookup],
+                [weights[cuts[bag] : cuts[bag + 1]] for bag in of_lookup],
+            )
+    return parts
+
+
+def cold_parts(split: BagSplit, ids: TieredIds, samples: int) -> dict[str, Part]:
+    """The packed cold bags unpacked again, by lookup; checks that no bag with a cold id follows an empty one."""
+    if ids.cold is None or ids.cold_at is None:
         return {}
     parts = {}
-    for key, jagged in kjt.to_dict().items():
+    for lookup, at in zip(split.cold_lookups, ids.cold_at.tolist(), strict=True):
+        jagged = ids.cold.to_dict()[lookup.key]
         lengths = jagged.lengths().tolist()
+        assert lengths == sorted(lengths, key=lambda length: length == 0), "packed"
         weights = jagged.weights_or_none()
-        ids = [x.tolist() for x in jagged.values().split(lengths)]
-        parts[key] = Part(ids, [[1.0] * len(bag) for bag in ids] if weights is None else [x.tolist() for x in weights.split(lengths)])
+        values = jagged.values().split(lengths)
+        weighted = [torch.ones(length) for length in lengths] if weights is None else weights.split(lengths)
+        part = Part([[] for _ in range(samples)], [[] for _ in range(samples)])
+        for sample, value, weight in zip(at, values, weighted, strict=True):
+            assert 0 <= sample < samples
+            if value.numel():
+                assert not part.ids[sample], "a sample's bag once"
+                part.ids[sample], part.weights[sample] = value.tolist(), weight.tolist()
+        parts[lookup.key] = part
     return parts
 
 
@@ -82,11 +118,13 @@ def batches(draw: st.DrawFn) -> Bags:
     weighted=st.booleans(),
     dtype=st.sampled_from([torch.int64, torch.int32]),
     keys=st.permutations([*KEYS, "unused"]),
+    compact=st.sampled_from([None, 0]),
 )
 def test_every_id_goes_to_its_tier_once(
-    bags: Bags, hot: Mapping[str, list[int]], weighted: bool, dtype: torch.dtype, keys: list[str]
+    bags: Bags, hot: Mapping[str, list[int]], weighted: bool, dtype: torch.dtype, keys: list[str], compact: int | None
 ) -> None:
     bags = {**bags, "unused": [[1] for _ in bags["a"]]}
+    samples = len(bags["a"])
     count = sum(len(bag) for key in keys for bag in bags[key])
     flat = torch.arange(count, dtype=torch.float32) / 8
     numbers = iter(flat.tolist())
@@ -94,16 +132,18 @@ def test_every_id_goes_to_its_tier_once(
     tables = configs()
     placement = placement_of(tables, hot)
     kjt = batch(bags, keys=keys, dtype=dtype, weights=flat if weighted else None)
-    ids = TierSplit(tables, placement, CPU)(kjt)
-    expected_hot, expected_cold = reference(bags, weights, placement)
-    assert parts_of(ids.hot) == expected_hot
-    assert parts_of(ids.cold) == expected_cold
+    given_ids = kjt.values().clone()
+    split = new_split(tables, placement, compact=compact)
+    assert isinstance(split.index, DenseSlotIndex if compact is None else BitmapSlotIndex)
+    ids = split(kjt)
+    expected_hot, expected_cold = reference(bags, weights, placement, split)
+    assert hot_parts(split, ids, samples) == expected_hot
+    assert cold_parts(split, ids, samples) == {lookup.key: expected_cold[lookup.key] for lookup in split.cold_lookups}
+    widest = max((sum(1 for bag in expected_cold[x.key].ids if bag) for x in split.cold_lookups), default=1)
+    assert ids.cold is None or ids.cold.stride() == max(widest, 1), "no more bags than the lookup with the most"
     assert ids.misses.tolist() == [0]
-    assert ids.divisor is None
-    for part in (ids.hot, ids.cold):
-        assert part is None or part.values().dtype == dtype
-        assert part is None or (part.weights_or_none() is not None) == weighted
-    assert parts_of(kjt) == {key: Part(bags[key], weights[key]) for key in keys}, "the batch itself is left as it was"
+    assert ids.lengths is None
+    assert torch.equal(kjt.values(), given_ids), "the batch itself is left as it was"
 
 
 @settings(max_examples=50, deadline=None)
@@ -111,97 +151,70 @@ def test_every_id_goes_to_its_tier_once(
 def test_a_promise_is_counted_against(bags: Bags, hot: Mapping[str, list[int]]) -> None:
     tables = configs()
     placement = placement_of(tables, hot)
-    split = TierSplit(tables, placement, CPU)
+    split = new_split(tables, placement)
     raw, promised = split(batch(bags)), split(batch(bags), promised_hot=True)
     cold = 0 if raw.cold is None else raw.cold.values().numel()
     assert promised.misses.tolist() == [cold]
     assert promised.misses.dtype == torch.int64
-    assert promised.cold is None
-    assert promised.hot is not None
-    assert promised.hot.keys() == raw.hot.keys()
-    # A broken promise still gives slots that exist, so that nothing is read out of bounds before the error is raised.
-    for key, part in parts_of(promised.hot).items():
-        table = key.split("@")[1]
-        if placement.kind(table) is TableKind.SPLIT:
-            assert all(0 <= slot < placement.hot_rows(table) for bag in part.ids for slot in bag)
+    assert promised.cold is None and promised.cold_at is None
     if not cold:
-        assert parts_of(promised.hot) == parts_of(raw.hot)
+        samples = len(bags["a"])
+        assert hot_parts(split, promised, samples) == hot_parts(split, raw, samples)
 
 
-def test_ids_out_of_range_are_never_another_tables_slot() -> None:
-    """`big` has 12 rows and hot row 0 of the next split table is its row 3, key 12 + 3 = 15 of the index; and the other way round."""
-    tables = configs(order=("big", "other", "tiny", "frozen"))
-    bags = {"a": [[]], "b": [[15, 20, -1, 12]], "c": [[-1, -7]], "d": [[]]}
-    ids = TierSplit(tables, placement_of(tables), CPU)(batch(bags))
-    cold = parts_of(ids.cold)
-    assert cold["b@big"].ids == [[15, 20, -1, 12]]
-    assert cold["c@other"].ids == [[-1, -7]]
-    assert all(not bag for part in parts_of(ids.hot).values() for bag in part.ids)
+def test_an_id_beyond_its_table_is_an_error_where_it_is_one_for_stock() -> None:
+    tables = configs()
+    split = new_split(tables, placement_of(tables), BoundsCheckMode.FATAL)
+    bags: Bags = {"a": [[1]], "b": [[2, 12]], "c": [[8]], "d": [[0]]}
+    with pytest.raises(RuntimeError, match="num_rows"):
+        split(batch(bags))
 
 
-def test_lookups_and_tier_tables_are_in_tier_order() -> None:
+def test_groups_hold_tables_of_one_dim_and_have_room_for_all_cold_ones() -> None:
     tables = configs(PoolingType.MEAN)
-    placement = placement_of(tables)
-    lookups = lookups_by_tier(tables, placement)
-    assert [lookup.key for lookup in lookups] == ["a@tiny", "b@big", "c@big", "c@other", "d@frozen"]
-    assert [lookup.name for lookup in lookups] == ["a", "b", "c@big", "c@other", "d"], "stock names: only shared features are qualified"
-    assert [lookup.dim for lookup in lookups] == [2, 3, 3, 2, 3]
-    hot = tier_configs(tables, placement, hot=True)
-    cold = tier_configs(tables, placement, hot=False)
-    assert [(config.name, config.num_embeddings) for config in hot] == [("tiny", 4), ("big", 3), ("other", 2)]
-    assert [(config.name, config.num_embeddings) for config in cold] == [("big", 12), ("other", 9), ("frozen", 7)]
-    assert {config.pooling for config in [*hot, *cold]} == {PoolingType.SUM}
-    assert hot[1].feature_names == ["b@big", "c@big"]
-    assert [config.feature_names for config in tables] == [FEATURES[config.name] for config in tables], (
-        "the stock configs stay as they were"
-    )
+    groups = hot_groups(tables, placement_of(tables))
+    assert [(group.dim, group.tables) for group in groups] == [(3, (("big", 3),)), (2, (("tiny", 4), ("other", 2)))]
+    assert [[lookup.key for lookup in group.lookups] for group in groups] == [["b@big", "c@big", "d@frozen"], ["a@tiny", "c@other"]]
+    names = [lookup.name for group in groups for lookup in group.lookups]
+    assert names == ["b", "c@big", "d", "a", "c@other"], "stock names: only shared features are qualified"
+    assert all(lookup.mean for group in groups for lookup in group.lookups)
+    apart = hot_groups(tables, placement_of(tables), alike=lambda config: config.name)
+    assert [group.tables for group in apart] == [(("big", 3),), (("tiny", 4),), (("other", 2),)]
 
 
-def test_tier_tables_keep_what_else_a_config_says() -> None:
-    table = EmbeddingBagConfig(
-        name="big", num_embeddings=12, embedding_dim=3, feature_names=["b"], init_fn=torch.nn.init.ones_, need_pos=True
-    )
-    for hot in (True, False):
-        (tier,) = tier_configs([table], placement_of([table]), hot=hot)
-        assert tier.init_fn is torch.nn.init.ones_
-        assert tier.need_pos
-
-
-def test_the_divisor_is_the_length_of_the_whole_bag() -> None:
+def test_the_length_of_the_whole_bag_comes_along_for_means() -> None:
     tables = configs()
     tables[0].pooling = PoolingType.MEAN  # big
     bags = {"a": [[1, 1], []], "b": [[0, 1, 2], []], "c": [[5], [3, 8]], "d": [[], [1, 2, 3, 4]]}
-    ids = TierSplit(tables, placement_of(tables), CPU)(batch(bags))
-    # columns: a@tiny 2, b@big 3, c@big 3, c@other 2, d@frozen 3
-    assert ids.divisor is not None
-    assert ids.divisor.tolist() == [[1, 1, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 2, 2, 2, 1, 1, 1, 1, 1]]
+    ids = new_split(tables, placement_of(tables))(batch(bags))
+    assert ids.lengths is not None
+    assert ids.lengths.tolist() == [[3, 1, 0, 2, 1], [0, 2, 4, 0, 2]]  # b@big, c@big, d@frozen, a@tiny, c@other
 
 
-def _values(ids: TieredIds) -> list[list[int]]:
-    return [part.values().tolist() for part in (ids.hot, ids.cold) if part is not None]
-
-
-def test_batches_with_other_orders_of_keys() -> None:
+def test_batches_with_other_orders_of_keys_and_sizes() -> None:
     tables = configs()
-    placement = placement_of(tables)
-    split = TierSplit(tables, placement, CPU)
+    split = new_split(tables, placement_of(tables))
     bags = {"a": [[1]], "b": [[5, 2]], "c": [[8]], "d": [[6]], "z": [[0]]}
-    expected = _values(split(batch(bags)))
+    expected = hot_parts(split, split(batch(bags)), 1), cold_parts(split, split(batch(bags)), 1)
     for keys in (["d", "c", "b", "a"], ["z", "a", "b", "c", "d"], KEYS, ["b", "z", "d", "a", "c"]):
-        assert _values(split(batch(bags, keys=keys))) == expected, keys
+        ids = split(batch(bags, keys=keys))
+        assert (hot_parts(split, ids, 1), cold_parts(split, ids, 1)) == expected, keys
+    for size in range(1, 12):
+        ids = split(batch({key: value * size for key, value in bags.items()}))
+        assert cold_parts(split, ids, size) == {key: Part(x.ids * size, x.weights * size) for key, x in expected[1].items()}
 
 
 def test_a_batch_without_samples() -> None:
     tables = configs(PoolingType.MEAN)
     none = KeyedJaggedTensor(KEYS, torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int32), stride=0)
-    ids = TierSplit(tables, placement_of(tables), CPU)(none)
-    assert ids.hot is not None and ids.hot.stride() == 0
-    assert ids.divisor is not None and ids.divisor.shape == (0, 13)
+    ids = new_split(tables, placement_of(tables))(none)
+    assert [bags.offsets.tolist() for bags in ids.hot] == [[0], [0]]
+    assert ids.lengths is not None and ids.lengths.shape == (0, 5)
 
 
 def test_missing_features_are_named() -> None:
     tables = configs()
-    split = TierSplit(tables, placement_of(tables), CPU)
+    split = new_split(tables, placement_of(tables))
     bags: Bags = {"a": [[1]], "d": [[1]]}
     with pytest.raises(DataError, match=r"lacks the features \['b', 'c'\]; it has \['a', 'd'\]; feed every feature"):
         split(batch(bags, keys=["a", "d"]))
@@ -212,14 +225,12 @@ def test_variable_stride_is_refused() -> None:
     ragged = KeyedJaggedTensor(
         KEYS, torch.zeros(5, dtype=torch.int64), lengths=torch.ones(5, dtype=torch.int32), stride_per_key_per_rank=[[1], [2], [1], [1]]
     )
-    with pytest.raises(DataError, match=r"variable stride.*pass the same number of bags for every feature"):
-        TierSplit(tables, placement_of(tables), CPU)(ragged)
+    with pytest.raises(DataError, match=r"variable stride.*leave these tables to stock sharding \(stock_tables\)"):
+        new_split(tables, placement_of(tables))(ragged)
 
 
 def test_the_index_is_small_and_not_saved() -> None:
     tables = configs()
-    split = TierSplit(tables, placement_of(tables), CPU)
+    split = new_split(tables, placement_of(tables))
     assert split.state_dict() == {}
-    assert split.hot_keys.tolist() == [0, 5, 11, 12 + 3, 12 + 8]
-    assert split.index_bytes == sum(b.numel() * b.element_size() for b in split.buffers()) > 8 * 5
-    assert ROWS["tiny"] == 4 and np.all(split.hot_keys.numpy() >= 0)
+    assert split.index_bytes == 4 * sum(ROWS.values())

@@ -56,9 +56,9 @@ def placement_b(case: Case) -> RowPlacement:
     return RowPlacement(tables=tables, hot_ids=hot_ids, hot_set_fingerprint="by hand", budget_bytes=0, hot_inputs=0.0, coverage=0.0)
 
 
-def stock_model(case: Case, generators: dict[str, Any], *, dtensor: bool = False) -> DistributedModelParallel:
-    """A stock model by a plan of one's own."""
-    model, sharder, cpu = new_model(case), EmbeddingBagCollectionSharder(), torch.device("cpu")
+def stock_model(model: Any, generators: dict[str, Any], *, dtensor: bool = False) -> DistributedModelParallel:
+    """A stock model by a plan of one's own for its collection `ebc`."""
+    sharder, cpu = EmbeddingBagCollectionSharder(), torch.device("cpu")
     plan = construct_module_sharding_plan(model.ebc, generators, sharder=sharder, device_type="cpu")
     assert dist.group.WORLD is not None
     env = ShardingEnv.from_process_group(dist.group.WORLD)
@@ -77,7 +77,7 @@ def cut() -> dict[str, Any]:
 def model_of(case: Case, plan: str) -> DistributedModelParallel:
     """A new model by the name of its plan."""
     if plan == "cut":
-        return stock_model(case, cut())
+        return stock_model(new_model(case), cut())
     return shard(case, {"table_wise": None, "A": placement_of(case), "B": placement_b(case)}[plan])
 
 
