@@ -10,7 +10,7 @@ Every lookup of a hot/cold table first asks which slot of fast memory holds a ro
 
 In every repeat all three look up the same fresh ids, one after the other, the first of them moving on with every repeat; their slots must
 agree. Ids are drawn twice: `uniform` over all rows (the worst case of the caches; nearly all ids are cold) and `skewed` (a share of them
-falls on hot rows, as in training). About a minute on two cores and 2 GB of memory.
+falls on hot rows, as in training). About half a minute and 1 GB of memory.
 """
 
 from __future__ import annotations

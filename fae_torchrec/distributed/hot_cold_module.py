@@ -283,8 +283,9 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._homes.write_back()
 
     def promote(self) -> None:
-        """Copies every home to its hot row. Collective: all ranks take part."""
+        """Copies every home to its hot row, and takes the step count from the kernels again. Collective: all ranks take part."""
         self._homes.promote()
+        self._steps.restart()
 
     def state_dict(
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False

@@ -142,7 +142,9 @@ class ReplicatedHotTier:
                 check_promise(ids.misses.tolist(), [True])
             return NoWait(NoWait(HotInput(ids.hot, [], None)))
         slots, own = zip(*(_own_rows(bags) for bags in ids.hot), strict=True)
-        exchange = exchange_touched_rows(list(slots), ids.misses, promised_hot=promised_hot, group=self.group)
+        exchange = exchange_touched_rows(
+            list(slots), ids.misses, promised_hot=promised_hot, group=self.group, may_reduce=self._codec is None
+        )
         return _InputAwaitable(exchange, ids.hot, list(own))
 
     def forward(self, rows: HotInput, step: int) -> torch.Tensor:

@@ -48,6 +48,10 @@ class StepCount:
         self.resume(self._step)
         return self._step
 
+    def restart(self) -> None:
+        """Takes the count from the kernels again at the next forward: a checkpoint may have set it."""
+        self._step = None
+
     def resume(self, step: int) -> None:
         """Makes what kernels do until the next `advance` part of an earlier forward; to be called before the update in backward.
 

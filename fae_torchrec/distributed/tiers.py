@@ -32,7 +32,6 @@ class FAEContext(Multistreamable):
         hot: the hot tier's stock context, None where the tier is replicated.
         cold: the cold tier's stock context, None for a hot batch and where no table has a cold row.
         left: the stock context of the tables left to stock sharding, None where there are none.
-        batch: for an unpooled collection, int [lookups] ids and int [lookups, samples] lengths; else None.
         sharding_contexts: as TorchRec's pipelines want them: one per awaitable, None where a tier of ours has none.
     """
 
@@ -40,7 +39,6 @@ class FAEContext(Multistreamable):
     hot: Multistreamable | None = None
     cold: Multistreamable | None = None
     left: Multistreamable | None = None
-    batch: Any = None
     sharding_contexts: list[EmbeddingShardingContext | None] = field(default_factory=list)
 
     def record_stream(self, stream: torch.Stream) -> None:

@@ -66,7 +66,7 @@ class TierJoin(nn.Module):
         """
         if cold is not None and cold_at is not None:
             units = cold_at.index_select(0, self.cold_lookup).t() * self._units + self.cold_unit
-            hot = _AddUnits.apply(hot, cold, units.reshape(-1), self._unit)  # type: ignore[no-untyped-call]
+            hot = add_units(hot, cold, units.reshape(-1), self._unit)
         values = hot.view(-1, self._units * self._unit)
         if lengths is not None:
             divisor = torch.where(self.mean, lengths.to(values.dtype).clamp_(min=1), 1)  # an empty bag is zero
@@ -94,6 +94,19 @@ def join_groups(parts: Sequence[torch.Tensor], groups: Sequence[HotGroup]) -> to
     samples = parts[0].shape[0] // len(groups[0].lookups)
     widths = [len(group.lookups) * group.dim for group in groups]
     return torch.cat([part.view(samples, width) for part, width in zip(parts, widths, strict=True)], dim=1)
+
+
+def add_units(out: torch.Tensor, added: torch.Tensor, at: torch.Tensor, unit: int) -> torch.Tensor:
+    """Adds units of columns into `out`, in place, and gives it back.
+
+    Args:
+        out: contiguous; seen as [units, unit].
+        added: of any shape; seen as [units added, unit].
+        at: int64 [units added], the unit of `out` that each is added to.
+        unit: columns of a unit.
+    """
+    joined: torch.Tensor = _AddUnits.apply(out, added, at, unit)  # type: ignore[no-untyped-call]
+    return joined
 
 
 class _AddUnits(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
-from fae_torchrec.training.training_state import Key, TrainingState, all_ranks, check_fits, refit, widths_of
+from fae_torchrec.training.training_state import Key, TrainingState, all_ranks, check_fits, widths_of
 
 _EXTRA = "fae_extra"
 _STEP = "fae_optimizer_step"
@@ -62,9 +62,7 @@ def save_checkpoint(
 def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParallel, optimizer: KeyedOptimizer | None) -> dict[str, Any]:
     """Loads what `save_checkpoint`, or stock's torch.distributed.checkpoint, saved; any plan and number of ranks. Collective.
 
-    Names, shapes and files are checked first, so that an error leaves the model as it was.
-
-    Values are converted to the model's dtypes.
+    Names, shapes and files are checked first, so that an error leaves the model as it was. Values are converted to the model's dtypes.
 
     Args:
         path: the folder.
@@ -85,8 +83,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParalle
     parts = ("model.",) if optimizer is None else ("model.", "optimizer.state.")  # what else a stock user saved is not ours
     given = {name: _saved_shape(entry) for name, entry in saved.items() if name.startswith(parts)}
     given = given or {name: None for name in saved}
-    rows = {key: state.rows_of_table(key) for key in state.entries}
-    check_fits(f"checkpoint {path}", given, {_name(key): (entry, rows[key]) for key, entry in state.entries.items()})
+    wanted = state.wanted(lambda weight: _saved_widths(saved.get(_name(weight))))
+    check_fits(f"checkpoint {path}", given, {_name(key): value for key, value in wanted.items()})
 
     reshaped: dict[Key, torch.Tensor] = {}
     values: dict[str, Any] = {name: "" for name in (_EXTRA, _STEP) if name in saved}
@@ -98,7 +96,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParalle
             values[_name(key)] = reshaped[key] = torch.empty(shape, dtype=state.entries[key].dtype)
     load(values, checkpoint_id=path)
     for key, whole in reshaped.items():
-        refitted = refit(whole, state.entries[key], rows[key], _saved_widths(saved, state.weight_of(key)))
+        refitted = wanted[key].refit(whole)
         for piece, tensor in state.pieces(key):
             tensor.copy_(piece.of(refitted))
     for key, entry in state.entries.items():
@@ -156,7 +154,6 @@ def _saved_shape(saved: object) -> tuple[int, ...] | None:
     return tuple(saved.size) if isinstance(saved, TensorStorageMetadata) else None
 
 
-def _saved_widths(saved: Mapping[str, Any], weight: Key | None) -> list[int]:
-    """Column widths of the shards that a table was saved in."""
-    chunks = [] if weight is None else saved[_name(weight)].chunks
-    return widths_of([(chunk.offsets, chunk.sizes) for chunk in chunks])
+def _saved_widths(saved: object) -> list[int]:
+    """Columns of each shard that a tensor was saved in."""
+    return widths_of([(chunk.offsets, chunk.sizes) for chunk in saved.chunks]) if isinstance(saved, TensorStorageMetadata) else []

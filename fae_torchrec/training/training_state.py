@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -47,6 +47,55 @@ class Entry:
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None
     pieces: tuple[tuple[int, Piece], ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An entry to be loaded, and what its table says about other shapes that it may come in.
+
+    TorchRec keeps a row-wise state (row-wise Adagrad's) once per column shard: [shards * rows], where every other sharding has [rows].
+    A column shard's value is the mean over its columns, so the mean weighted by widths is the value of the whole row, and each shard of
+    a table newly cut by columns starts with that. A state of one number per shard (a step count) is treated alike. There and back is bit
+    for bit: the mean of equal values is exact in float64.
+
+    Attributes:
+        entry: what is wanted.
+        rows: rows of the table that it is optimizer state of; None for anything else, which keeps its shape.
+        widths: columns of each shard that the table was saved in; one, whatever its width, where it was not cut by columns.
+    """
+
+    entry: Entry
+    rows: int | None = None
+    widths: tuple[int, ...] = (1,)
+
+    def takes(self, shape: Sequence[int] | None) -> bool:
+        """Whether it can be loaded from a tensor of this shape, or from no tensor (None)."""
+        if shape is None or self.entry.shape is None:
+            return shape is None and self.entry.shape is None
+        return tuple(shape) == self.entry.shape or self._vector(shape) is not None
+
+    def refit(self, value: torch.Tensor) -> torch.Tensor:
+        """The value in the wanted shape.
+
+        Args:
+            value: of a shape that it takes.
+        """
+        vector = self._vector(value.shape)
+        if tuple(value.shape) == self.entry.shape or vector is None or self.entry.shape is None:
+            return value
+        per_shard = value.reshape(-1, vector).to(torch.float64)
+        share = torch.tensor(self.widths) if len(per_shard) == len(self.widths) else torch.ones(len(per_shard))
+        share = share.to(per_shard)[:, None]
+        return ((per_shard * share).sum(0) / share.sum()).repeat(self.entry.shape[0] // vector).to(value.dtype)
+
+    def _vector(self, given: Sequence[int]) -> int | None:
+        """Length of the vector that both a given shape and the entry hold once per shard; None where they do not."""
+        shape = self.entry.shape
+        if not self.rows or shape is None or len(given) != 1 or len(shape) != 1:
+            return None
+        if shape[0] % self.rows == 0:
+            return self.rows if given[0] in (self.rows, self.rows * len(self.widths)) else None
+        return 1 if given[0] and all(piece.sizes == (1,) for _, piece in self.entry.pieces) else None
 
 
 class TrainingState:
@@ -97,7 +146,6 @@ class TrainingState:
                     "TorchRec makes; save the model with torch.distributed.checkpoint.state_dict instead"
                 )
             shards = list(zip(local.local_offsets(), local.local_shards(), strict=False))  # a rank without a shard still has an offset
-
         elif isinstance(value, torch.Tensor):
             shards = [((0,) * value.dim(), value)]
         else:
@@ -128,24 +176,25 @@ class TrainingState:
                 kernel.set_optimizer_step(step)
                 kernel.iter_cpu.fill_(step)  # fbgemm 1.8 follows `iter` only while its copy on the host is 0
 
-    def rows_of_table(self, key: Key) -> int | None:
-        """Rows of the parameter that an optimizer state belongs to; None where there is none of that name."""
-        weight = self.weight_of(key)
-        shape = self.entries[weight].shape if weight else None
-        return shape[0] if shape else None
+    def wanted(self, saved_widths: Callable[[Key], Sequence[int]]) -> dict[Key, Wanted]:
+        """What is to be loaded, by key.
+
+        Args:
+            saved_widths: gives the columns of each shard that a table was saved in, in order, from the key of its weights.
+        """
+        wanted = {}
+        for key, entry in self.entries.items():
+            weight = self._weight_of(key)
+            shape = self.entries[weight].shape if weight else None
+            wanted[key] = Wanted(entry, shape[0], tuple(saved_widths(weight)) or (1,)) if weight and shape else Wanted(entry)
+        return wanted
 
     def column_widths(self) -> dict[str, list[int]]:
-        """Widths of the column shards, in order, of each parameter with optimizer state that is cut by columns."""
-        widths: dict[str, list[int]] = {}
-        for key in self.entries:
-            weight = self.weight_of(key)
-            if weight is not None:
-                cut = _widths(self.entries[weight])
-                if len(cut) > 1:
-                    widths[key[1]] = cut
-        return widths
+        """Columns of each shard, in order, of each weight that is cut by columns."""
+        widths = {key[1]: _widths(entry) for key, entry in self.entries.items() if key[0] == "model"}
+        return {name: cut for name, cut in widths.items() if len(cut) > 1}
 
-    def weight_of(self, key: Key) -> Key | None:
+    def _weight_of(self, key: Key) -> Key | None:
         """The weight that an optimizer state belongs to: its key may have a prefix (CombinedOptimizer)."""
         if key[0] != "optimizer":
             return None
@@ -191,51 +240,13 @@ def _widths(entry: Entry) -> list[int]:
     return widths_of([(piece.offsets, piece.sizes) for _, piece in entry.pieces])
 
 
-def can_refit(given: Sequence[int], entry: Entry, rows: int | None) -> bool:
-    """Whether `refit` can make a tensor of one shape into an entry: it is that shape, or both hold one vector per shard."""
-    return entry.shape is not None and (tuple(given) == entry.shape or _vector(given, entry, rows) is not None)
-
-
-def refit(value: torch.Tensor, entry: Entry, rows: int | None, widths: Sequence[int] | None) -> torch.Tensor:
-    """Brings optimizer state into the shape that another sharding type gives it.
-
-    TorchRec keeps a row-wise state (row-wise Adagrad's) once per column shard: [shards * rows], where every other sharding has [rows].
-    A column shard's value is the mean over its columns, so the mean weighted by widths is the value of the whole row, and each shard of
-    a table newly cut by columns starts with that. A state of one number per shard (a step count) is treated alike. There and back is
-    bit for bit: the mean of equal values is exact in float64.
-
-    Args:
-        value: [shards * rows] or, if it has the shape already, anything.
-        entry: what is wanted.
-        rows: rows of the table.
-        widths: columns of each shard of `value`; None: equal.
-    """
-    assert entry.shape is not None
-    vector = _vector(value.shape, entry, rows)
-    if tuple(value.shape) == entry.shape or vector is None:
-        return value
-    per_shard = value.reshape(-1, vector).to(torch.float64)
-    share = torch.ones(len(per_shard)) if widths is None or len(widths) != len(per_shard) else torch.tensor(widths)
-    share = share.to(per_shard)[:, None]
-    return ((per_shard * share).sum(0) / share.sum()).repeat(entry.shape[0] // vector).to(value.dtype)
-
-
-def _vector(given: Sequence[int], entry: Entry, rows: int | None) -> int | None:
-    """Length of the vector that both a given shape and an entry hold once per shard; None where they do not."""
-    if not rows or entry.shape is None or len(given) != 1 or len(entry.shape) != 1 or not given[0]:
-        return None
-    if given[0] % rows == 0 and entry.shape[0] % rows == 0:
-        return rows
-    return 1 if all(piece.sizes == (1,) for _, piece in entry.pieces) else None
-
-
-def check_fits(source: str, given: Mapping[str, Sequence[int] | None], wanted: Mapping[str, tuple[Entry, int | None]]) -> None:
+def check_fits(source: str, given: Mapping[str, Sequence[int] | None], wanted: Mapping[str, Wanted]) -> None:
     """Checks names and shapes before anything is loaded. No collective: give every rank the same.
 
     Args:
         source: what is being loaded, for the message.
         given: shape by name; None for what is no tensor.
-        wanted: (entry, rows of its table) by name.
+        wanted: what is to be loaded, by name.
 
     Raises:
         StateError: a name is missing or unexpected, or a shape is another one.
@@ -247,9 +258,9 @@ def check_fits(source: str, given: Mapping[str, Sequence[int] | None], wanted: M
         close = get_close_matches(name, unexpected, n=1, cutoff=0.8)
         faults.append(f"{name} is missing" + (f" (is it the unexpected {close[0]}?)" if close else ""))
     faults += [f"{name} is unexpected" for name in unexpected]
-    for name, (entry, rows) in wanted.items():
-        if name in given and not _same(given[name], entry, rows):
-            received, allowed = ("no tensor" if shape is None else f"shape {tuple(shape)}" for shape in (given[name], entry.shape))
+    for name, value in wanted.items():
+        if name in given and not value.takes(given[name]):
+            received, allowed = ("no tensor" if shape is None else f"shape {tuple(shape)}" for shape in (given[name], value.entry.shape))
             faults.append(f"{name}: received {received}, allowed {allowed}")
     if faults:
         more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
@@ -262,10 +273,6 @@ def check_fits(source: str, given: Mapping[str, Sequence[int] | None], wanted: M
 
 _TOLD = 8
 """Faults that a message tells."""
-
-
-def _same(given: Sequence[int] | None, entry: Entry, rows: int | None) -> bool:
-    return entry.shape is None if given is None else can_refit(given, entry, rows)
 
 
 def _union(of_ranks: Sequence[Mapping[Key, Entry]]) -> dict[Key, Entry]:

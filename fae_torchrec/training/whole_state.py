@@ -13,7 +13,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from fae_torchrec.core.errors import StateError
 from fae_torchrec.distributed.local_ranks import from_first_rank
-from fae_torchrec.training.training_state import Entry, Key, TrainingState, all_ranks, check_fits, flat, refit
+from fae_torchrec.training.training_state import Entry, Key, TrainingState, all_ranks, check_fits, flat
 
 _STEP = "optimizer_step"
 _WIDTHS = "column_widths"
@@ -32,8 +32,8 @@ def whole_state(model: DistributedModelParallel, optimizer: KeyedOptimizer | Non
 
     Returns:
         On rank 0 CPU tensors under the keys of the unsharded model: "model": {key: tensor}, "optimizer": {parameter key: {state:
-        tensor}}; for Adam "optimizer_step"; for tables sharded by columns "column_widths": {parameter key: [widths]}, because a
-        row-wise optimizer state has a part [rows] per column shard then, one after the other. None on the other ranks.
+        tensor}}; for Adam "optimizer_step"; for tables sharded by columns "column_widths": {key: [widths]}, because a row-wise
+        optimizer state has a part [rows] per column shard then, one after the other. None on the other ranks.
     """
     state = TrainingState(model, optimizer)
     gathered: dict[str, Any] = {"model": {}, "optimizer": {}, _WIDTHS: state.column_widths()}
@@ -73,12 +73,12 @@ def load_whole_state(model: DistributedModelParallel, optimizer: KeyedOptimizer 
 
     given, widths, step = from_first_rank(describe, all_ranks())
     target = TrainingState(model, optimizer)
-    rows = {key: target.rows_of_table(key) for key in target.entries}
+    wanted = target.wanted(lambda weight: widths.get(weight[1], []))
     shapes = {".".join(key): value if isinstance(value, tuple) else None for key, value in given.items()}
-    check_fits("the state", shapes, {".".join(key): (entry, rows[key]) for key, entry in target.entries.items()})
+    check_fits("the state", shapes, {".".join(key): value for key, value in wanted.items()})
     for key, entry in target.entries.items():
         if entry.shape is not None:
-            _scatter(refit(values[key], entry, rows[key], widths.get(key[1])) if values else None, target, key, entry)
+            _scatter(wanted[key].refit(values[key]) if values else None, target, key, entry)
         elif key in target.values:
             target.set_object(key, given[key].value)
     target.commit(step)

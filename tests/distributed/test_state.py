@@ -26,13 +26,13 @@ def _batches(rank: int, first: int, last: int) -> Any:
 
 def _hot_rows(model: DistributedModelParallel) -> dict[str, dict[str, torch.Tensor]]:
     """This rank's hot rows: weights and optimizer state, by table."""
-    lookups = getattr(model.module.ebc, "_hot_lookups", [])  # stock has none
-    return {table.table: {name: tensor.clone() for name, tensor in table.tensors().items()} for table in local_tables(lookups)}
+    tier = getattr(model.module.ebc, "_hot", None)  # stock has none
+    return {table.table: {name: tensor.clone() for name, tensor in table.tensors().items()} for table in (tier.tables() if tier else ())}
 
 
 def _homes(model: DistributedModelParallel) -> dict[str, dict[str, torch.Tensor]]:
     """Views of this rank's shards of the cold tier."""
-    return {table.table: table.tensors() for table in local_tables(model.module.ebc._cold[0]._lookups)}
+    return {table.table: table.tensors() for table in local_tables(model.module.ebc._cold[0].module._lookups)}
 
 
 def _fill_in_place(state: dict[str, Any], value: float) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.training.training_state import flat
-from tests.distributed.small_model import Case, placement_of
+from tests.distributed.small_model import Case, new_model, placement_of
 from tests.training.small_checkpoints import CHAIN_OPTIMIZERS, Hop, placement_b, run_hops
 
 SPAWNS = [
@@ -94,6 +94,8 @@ def test_files_hold_whole_tensors_under_stock_keys(seen: Seen, folder: Path, nam
     """The plain file as it is; the other read by torch's own converter."""
     saved = seen[name, optimizer]["saved"]
     plain = torch.load(folder / optimizer / f"{name}.pt")
+    unsharded = new_model(Case()).state_dict()
+    assert {key: value.shape for key, value in plain["model"].items()} == {key: value.shape for key, value in unsharded.items()}
     dcp_to_torch_save(folder / optimizer / name, folder / optimizer / f"{name} converted.pt")
     converted = torch.load(folder / optimizer / f"{name} converted.pt")
     for weights, state in ((plain["model"], plain["optimizer"]), (converted["model"], converted["optimizer"]["state"])):

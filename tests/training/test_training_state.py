@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, table_wise
@@ -25,7 +26,7 @@ from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.checkpoint import load_checkpoint, save_checkpoint
 from fae_torchrec.training.shard import build_optimizer, shard_model
-from fae_torchrec.training.training_state import Entry, Piece, can_refit, check_fits, flat, refit, widths_of
+from fae_torchrec.training.training_state import Entry, Piece, Wanted, check_fits, flat, widths_of
 from fae_torchrec.training.whole_state import load_whole_state, whole_state
 from tests.distributed.small_model import Case, new_batch, placement_of, shard
 from tests.training.small_checkpoints import adam_on_cpu, model_of, see, stock_model, train_on
@@ -41,40 +42,37 @@ def _entry(*shape: int, pieces: int = 1) -> Entry:
 
 
 def test_refit_by_hand() -> None:
-    per_shard = torch.tensor([1.0, 2.0, 3.0, 5.0, 6.0, 7.0])  # two column shards of a table of 3 rows
-    assert refit(per_shard, _entry(3), 3, [1, 1]).tolist() == [3.0, 4.0, 5.0]
-    assert refit(per_shard, _entry(3), 3, None).tolist() == [3.0, 4.0, 5.0]
-    assert refit(per_shard, _entry(3), 3, [3, 1]).tolist() == [2.0, 3.0, 4.0]
-    assert refit(torch.tensor([1.0, 2.0, 3.0]), _entry(6, pieces=2), 3, None).tolist() == [1.0, 2.0, 3.0] * 2
-    assert refit(per_shard, _entry(9, pieces=3), 3, [1, 1]).tolist() == [3.0, 4.0, 5.0] * 3
-    assert refit(per_shard, _entry(6, pieces=2), 3, [1, 1]) is per_shard
-    steps = refit(torch.tensor([7, 7]), _entry(3, pieces=3), 100, None)
+    row, per_shard = torch.tensor([3.0, 4.0, 5.0]), torch.tensor([1.0, 2.0, 3.0, 5.0, 6.0, 7.0])  # two column shards of a table of 3 rows
+    assert Wanted(_entry(3), 3, (1, 1)).refit(per_shard).tolist() == [3.0, 4.0, 5.0]
+    assert Wanted(_entry(3), 3, (3, 1)).refit(per_shard).tolist() == [2.0, 3.0, 4.0]
+    assert Wanted(_entry(6, pieces=2), 3).refit(row).tolist() == [3.0, 4.0, 5.0] * 2
+    assert Wanted(_entry(9, pieces=3), 3, (1, 1)).refit(per_shard).tolist() == [3.0, 4.0, 5.0] * 3
+    assert Wanted(_entry(6, pieces=2), 3, (1, 1)).refit(per_shard) is per_shard
+    steps = Wanted(_entry(3, pieces=3), 100).refit(torch.tensor([7, 7]))
     assert steps.tolist() == [7, 7, 7] and steps.dtype == torch.int64
 
 
 def test_refit_there_and_back_is_bit_for_bit() -> None:
     row = torch.rand(1000, generator=torch.Generator().manual_seed(3)) ** 9
     for shards in (2, 3, 5, 7):
-        there = refit(row, _entry(1000 * shards, pieces=shards), 1000, None)
-        assert torch.equal(refit(there, _entry(1000), 1000, [4] * (shards - 1) + [12]), row)
+        there = Wanted(_entry(1000 * shards, pieces=shards), 1000).refit(row)
+        assert there.shape == (1000 * shards,)
+        assert torch.equal(Wanted(_entry(1000), 1000, (4,) * (shards - 1) + (12,)).refit(there), row)
 
 
-def test_what_can_be_refitted() -> None:
-    assert can_refit((200,), _entry(200), 200) and can_refit((400,), _entry(200), 200) and can_refit((200,), _entry(600, pieces=3), 200)
-    assert (
-        can_refit((200, 4), _entry(200, 4), 200) and can_refit((1,), _entry(2, pieces=2), 200) and can_refit((), _entry_of_no_dims(), None)
-    )
-    assert not any(can_refit(shape, _entry(200), 200) for shape in [(150,), (201,), (1,), (0,), (), (200, 1), (200, 4)])
-    assert not any(can_refit(shape, _entry(200, 4), 200) for shape in [(200,), (400, 4), (200, 8)])
-    assert not can_refit((400,), _entry(200), None), "a tensor of no table keeps its shape"
-
-
-def _entry_of_no_dims() -> Entry:
-    return Entry((), torch.float32, ((0, Piece((), ())),))
+def test_which_shapes_are_taken() -> None:
+    no_dims = Entry((), torch.float32, ((0, Piece((), ())),))
+    halves, whole, one_per_shard = Wanted(_entry(200), 200, (4, 4)), Wanted(_entry(200), 200), Wanted(_entry(2, pieces=2), 200)
+    assert halves.takes((200,)) and halves.takes((400,)) and whole.takes((200,)) and one_per_shard.takes((1,)) and Wanted(no_dims).takes(())
+    assert Wanted(_entry(600, pieces=3), 200).takes((200,)) and Wanted(_entry(200, 4), 200).takes((200, 4))
+    assert not any(halves.takes(shape) for shape in [(150,), (201,), (600,), (1,), (0,), (), (200, 1), (200, 4), None])
+    assert not whole.takes((400,)), "the table was not saved in column shards"
+    assert not any(Wanted(_entry(200, 4), 200).takes(shape) for shape in [(200,), (400, 4), (200, 8)])
+    assert not Wanted(_entry(200)).takes((400,)), "what belongs to no table keeps its shape"
 
 
 def test_misfits_are_told_by_name() -> None:
-    wanted = {"model.table.weight": (_entry(6, 4), None), "model.step": (Entry(None, None, ()), None)}
+    wanted = {"model.table.weight": Wanted(_entry(6, 4)), "model.step": Wanted(Entry(None, None, ()))}
     check_fits("it", {"model.table.weight": (6, 4), "model.step": None}, wanted)
     with pytest.raises(StateError) as error:
         check_fits("it", {"model.tabel.weight": (6, 4), "model.step": (1,), "other": None}, wanted)
@@ -211,6 +209,26 @@ def _halves(rank: int, folder: Path) -> list[Any]:
     return states
 
 
+def _without_us(rank: int, folder: Path) -> list[dict[str, Any]]:
+    """A stock model saved by torch alone, loaded by us into ours, trained, saved by us and loaded by torch alone into a stock model."""
+    models = {name: shard(CASE, placement) for name, placement in (("from", None), ("ours", placement_of(CASE)), ("to", None))}
+    optimizers = {name: build_optimizer(model, 0.1) for name, model in models.items()}
+    train_on(models["from"], optimizers["from"], [new_batch(CASE, step, rank) for step in range(2)])
+    saved = {"model": models["from"].state_dict(), "optimizer": optimizers["from"].state_dict(), "epoch": 3}
+    save(saved, checkpoint_id=folder / "by torch")
+    seen = [see(models["from"], optimizers["from"])]
+    assert load_checkpoint(folder / "by torch", models["ours"], optimizers["ours"]) == {}
+    seen.append(see(models["ours"], optimizers["ours"]))
+    train_on(models["ours"], optimizers["ours"], [new_batch(CASE, 2, rank)])
+    save_checkpoint(folder / "by us", models["ours"], optimizers["ours"])
+    seen.append(see(models["ours"], optimizers["ours"]))
+    state = {"model": models["to"].state_dict(), "optimizer": optimizers["to"].state_dict()}
+    load(state, checkpoint_id=folder / "by us")
+    models["to"].load_state_dict(state["model"])
+    optimizers["to"].load_state_dict(state["optimizer"])
+    return [*seen, see(models["to"], optimizers["to"])]
+
+
 def _step_counts(rank: int, plan: str) -> list[int]:
     """Adam's step count in a model that has trained, and again after another count was loaded and one step more."""
     with adam_on_cpu():
@@ -228,6 +246,7 @@ def _step_counts(rank: int, plan: str) -> list[int]:
 def _see(rank: int, folder: Path) -> dict[str, Any]:
     models = {"stock": None, "ours": placement_of(CASE)}
     seen: dict[str, Any] = {name: _misfits(rank, folder / name, shard(CASE, placement)) for name, placement in models.items()}
+    seen["without us"] = _without_us(rank, folder)
     return {**seen, "halves": _halves(rank, folder), "steps": [_step_counts(rank, plan) for plan in ("table_wise", "A")]}
 
 
@@ -268,6 +287,13 @@ def test_misfits_change_nothing(seen: list[dict[str, Any]], model: str) -> None:
     for of_rank in seen:
         assert of_rank[model]["errors"].keys() == MISFITS.keys() and of_rank[model]["unchanged"]
         assert of_rank[model]["weights alone"] == [True, True, False], "loaded; the optimizer's state left alone; control: they had changed"
+
+
+def test_torch_alone_writes_for_us_and_reads_from_us(seen: list[dict[str, Any]]) -> None:
+    by_torch, loaded, by_us, loaded_by_torch = seen[0]["without us"]
+    for given, found in ((by_torch, loaded), (by_us, loaded_by_torch)):
+        assert all(torch.equal(tensor, found[part][key]) for part, tensors in given.items() for key, tensor in tensors.items())
+    assert not torch.equal(by_torch["weights"][BIG], by_us["weights"][BIG]), "control: trained in between"
 
 
 def _bits(tensor: torch.Tensor) -> list[int]:

@@ -1,0 +1,109 @@
+"""SequenceSplit lays the ids of an unpooled collection out by tier; `join_rows` puts the tiers' rows together again, id by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from fae_torchrec.core.tables import TableKind
+from fae_torchrec.modules.lookups import Lookup
+from fae_torchrec.modules.pooling import add_units
+from fae_torchrec.modules.tier_split import TieredIds, TierSplit
+
+
+@dataclass
+class SequenceIds(TieredIds):
+    """One batch's ids by tier, in the order of the lookups; every row of the output is an id's.
+
+    Every id is a bag of `hot`, of one slot where the id is hot and of none where it is cold. `cold_at` int64 [cold ids] is where each cold
+    id stands among all ids. `lengths` int [lookups, samples] are those of the batch.
+
+    Attributes:
+        length_per_lookup: ids of each lookup.
+    """
+
+    length_per_lookup: list[int]
+
+    def by_lookup(self, rows: torch.Tensor, lookups: Sequence[Lookup]) -> dict[str, JaggedTensor]:
+        """Cuts the joined rows [ids, dim] into one JaggedTensor per lookup, by its key."""
+        assert self.lengths is not None
+        parts = zip(lookups, rows.split(self.length_per_lookup), self.lengths.unbind(0), strict=True)
+        return {lookup.key: JaggedTensor(values, lengths=lengths) for lookup, values, lengths in parts}
+
+
+class SequenceSplit(TierSplit):
+    """The split of an unpooled collection. Arguments: `TierSplit`."""
+
+    cold_positions: torch.Tensor
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        cold = [i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT]
+        self.register_buffer("cold_positions", torch.tensor(cold, dtype=torch.int64, device=self.rows.device), persistent=False)
+        self._permutation: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
+
+    def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> SequenceIds:
+        """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.
+
+        Args:
+            features: raw ids [F features, B samples], any integer dtype; weights, and features that no table uses, are ignored.
+            promised_hot: the batch is promised to be hot; the promise is counted against (`misses`), not trusted.
+
+        Raises:
+            DataError: a feature of a table is missing, or the batch has a variable stride.
+        """
+        batch = self._permute(features)
+        counts, lengths = batch.length_per_key(), batch.lengths().view(len(self.lookups), batch.stride())
+        values, offsets = batch.values().to(torch.int64), torch.ops.fbgemm.asynchronous_complete_cumsum(batch.lengths().to(torch.int64))
+        slots = self._find(values, offsets, lengths.sum(1), self.rows, self.row_base)
+        ends = list(accumulate(counts, initial=0))
+        first_bags = [ends[i] for i in accumulate((len(group.lookups) for group in self.groups), initial=0)]
+        if promised_hot or not self.cold_lookups:
+            misses = (slots < 0).sum().reshape(1)
+            one_each = torch.arange(slots.numel() + 1, device=slots.device)
+            return SequenceIds(self._group_bags(slots, one_each, None, first_bags), None, None, misses, lengths, counts)
+        is_hot = slots >= 0
+        hot_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
+        cold_lengths = lengths - hot_offsets.index_select(0, offsets).diff().view(lengths.shape).to(lengths.dtype)
+        cold_lengths = cold_lengths.index_select(0, self.cold_positions)
+        cold_counts = cold_lengths.sum(1).tolist()  # the one synchronisation: every size follows from it
+        hot = torch.nonzero_static(is_hot, size=slots.numel() - sum(cold_counts)).squeeze(1)
+        cold_at = torch.nonzero_static(is_hot.logical_not_(), size=sum(cold_counts)).squeeze(1)
+        cold = KeyedJaggedTensor(
+            [lookup.key for lookup in self.cold_lookups],
+            values.index_select(0, cold_at),
+            lengths=cold_lengths.view(-1),
+            stride=batch.stride(),
+            length_per_key=cold_counts,
+        )
+        none = torch.zeros(1, dtype=torch.int64, device=values.device)
+        bags = self._group_bags(slots.index_select(0, hot), hot_offsets, None, first_bags)
+        return SequenceIds(bags, cold, cold_at, none, lengths, counts)
+
+    def _permute(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The batch with a feature per lookup, in their order; a copy, whose ids may be changed."""
+        sources = self._sources(features)
+        if sources != self._permutation[0] or features.device() != self._permutation[1].device:
+            self._permutation = sources, torch.tensor(sources, dtype=torch.int32, device=features.device())
+        return features.permute(*self._permutation)
+
+
+def join_rows(hot: torch.Tensor, cold: Mapping[str, JaggedTensor] | None, ids: SequenceIds) -> torch.Tensor:
+    """Puts the cold ids' rows where the hot tier left zeros.
+
+    Args:
+        hot: contiguous [ids, dim], rows of the hot ids; changed in place.
+        cold: the cold tier's output by lookup, None where it was not asked.
+        ids: of the batch.
+
+    Returns:
+        [ids, dim].
+    """
+    if cold is None or ids.cold is None or ids.cold_at is None:
+        return hot
+    rows = torch.cat([cold[key].values() for key in ids.cold.keys()])
+    return add_units(hot, rows, ids.cold_at, hot.shape[1])
