@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor.shard import Shard
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.types import ParameterSharding, ShardMetadata
@@ -39,7 +39,7 @@ class AllHotTable:
         self.replica = replica
         self.owned = sharding.ranks == [rank]
         self._group = group
-        self._shard: ShardMetadata = sharding.sharding_spec.shards[0]  # type: ignore[attr-defined]
+        self._shard: ShardMetadata = sharding.sharding_spec.shards[0]
         properties = TensorProperties(dtype=replica.weights.dtype, requires_grad=False)
         self._metadata = ShardedTensorMetadata([self._shard], torch.Size(replica.weights.shape), properties)
 

@@ -287,6 +287,14 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._homes.promote()
         self._steps.restart()
 
+    def check_replicas(self) -> None:
+        """Checks that the replicas of the hot rows are bit-identical, by checksums. Collective; nothing to check in a sharded hot tier.
+
+        Raises:
+            ReplicaError: they are not; on every rank alike.
+        """
+        self._hot.check_replicas()
+
     def state_dict(
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torchrec.streamable import Multistreamable
 
 from fae_torchrec.distributed.compact_gradients import exchange_compact_gradients
 from fae_torchrec.distributed.homes import LocalTable, local_tables, whole_table
+from fae_torchrec.distributed.replica_check import check_replicas
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.touched_rows import TouchedRows, check_promise, exchange_touched_rows
 from fae_torchrec.modules.lookups import HotGroup
@@ -69,8 +70,10 @@ class HotInput(Multistreamable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
-        for part in (*self.bags, *self.own, *([self.touched] if self.touched is not None else [])):
-            part.record_stream(stream)
+        parts: list[Multistreamable | None] = [*self.bags, *self.own, self.touched]
+        for part in parts:
+            if part is not None:
+                part.record_stream(stream)
 
 
 class ReplicatedHotTier:
@@ -172,6 +175,10 @@ class ReplicatedHotTier:
                     yield merged.rows_of(name, first, rows)
                     first += rows
 
+    def check_replicas(self) -> None:
+        """See `replica_check.check_replicas`."""
+        check_replicas(self.tables(), self.group)
+
     def _look_up(self, bags: list[HotBags]) -> list[torch.Tensor]:
         return [
             kernel(part.slots, part.offsets, part.weights)
@@ -188,9 +195,9 @@ class ReplicatedHotTier:
         if len(bags) == 1:
             return [grad]
         if not self._pooled:
-            return list(grad.split([part.offsets.numel() - 1 for part in bags]))
+            return list(grad.split_with_sizes([part.offsets.numel() - 1 for part in bags]))
         columns = [group.dim * len(group.lookups) for group in self._groups]
-        return [part.reshape(-1, group.dim) for part, group in zip(grad.split(columns, dim=1), self._groups, strict=True)]
+        return [part.reshape(-1, group.dim) for part, group in zip(grad.split_with_sizes(columns, dim=1), self._groups, strict=True)]
 
     def update(self, rows: HotInput, step: int, grad: torch.Tensor) -> None:
         """Applies the gradient of all ranks' bags to this rank's replica. Collective: all ranks take part.

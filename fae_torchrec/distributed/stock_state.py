@@ -123,12 +123,13 @@ def _cut_alike(a: ShardedTensor, b: ShardedTensor) -> bool:
 
 def _cuts(tensor: ShardedTensor) -> Iterator[tuple[Any, ...]]:
     for shard in tensor.metadata().shards_metadata:
-        yield tuple(shard.shard_offsets), tuple(shard.shard_sizes), shard.placement.rank()
+        yield tuple(shard.shard_offsets), tuple(shard.shard_sizes), str(shard.placement)
 
 
 def _device_of(own: Any) -> torch.device:
     """Where a table put together from all ranks is held; the collective needs the group's device."""
     if isinstance(own, ShardedTensor):
-        placement: torch.device = own.metadata().shards_metadata[0].placement.device()
-        return placement
+        placement = own.metadata().shards_metadata[0].placement
+        assert placement is not None  # TorchRec always says
+        return placement.device()
     return torch.device("cpu") if own is None else own.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from fae_torchrec.modules.lookups import HotGroup, TableConfig
 from fae_torchrec.modules.model_tables import table_configs, table_weights
 from fae_torchrec.modules.tier_split import TieredIds
 
-Collection = EmbeddingBagCollection | EmbeddingCollection
+Collection: TypeAlias = EmbeddingBagCollection | EmbeddingCollection
 _MARKS = ("_optimizer_classes", "_optimizer_kwargs")  # left by apply_optimizer_in_backward
 
 

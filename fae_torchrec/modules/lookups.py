@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
@@ -11,7 +12,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind
 
-TableConfig = EmbeddingBagConfig | EmbeddingConfig
+TableConfig: TypeAlias = EmbeddingBagConfig | EmbeddingConfig
 """A stock table of an EmbeddingBagCollection (pooled) or of an EmbeddingCollection (not pooled)."""
 
 

@@ -28,6 +28,7 @@ class TierJoin(nn.Module):
     cold_lookup: torch.Tensor
     cold_unit: torch.Tensor
     unit_lookup: torch.Tensor
+    mean: torch.Tensor
 
     def __init__(self, lookups: Sequence[Lookup], cold_columns: Sequence[str], cold_lookups: Sequence[str], device: torch.device) -> None:
         super().__init__()

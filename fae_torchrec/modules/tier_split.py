@@ -249,7 +249,7 @@ class BagSplit(TierSplit):
 
     def _by_sample(self, lengths: torch.Tensor, order: _BagOrder) -> torch.Tensor:
         """Lengths of bags as [samples, lookups]."""
-        parts = lengths.split([order.samples * len(group.lookups) for group in self.groups])
+        parts = lengths.split_with_sizes([order.samples * len(group.lookups) for group in self.groups])
         return torch.cat([part.view(order.samples, len(group.lookups)) for part, group in zip(parts, self.groups, strict=True)], dim=1)
 
     def _order(self, features: KeyedJaggedTensor) -> tuple[_BagOrder, int]:
@@ -268,7 +268,7 @@ class BagSplit(TierSplit):
         sources = torch.tensor(self._sources(features), device=device)
         sample, lookup = torch.arange(samples, device=device), torch.arange(len(self.lookups), device=device)
         width = [len(group.lookups) for group in self.groups]
-        lookups = torch.cat([part.repeat(samples) for part in lookup.split(width)])
+        lookups = torch.cat([part.repeat(samples) for part in lookup.split_with_sizes(width)])
         samples_of_bags = torch.cat([sample.repeat_interleave(count) for count in width])
         bag = torch.empty(len(self.lookups), samples, dtype=torch.int64, device=device)
         bag[lookups, samples_of_bags] = torch.arange(lookups.numel(), device=device)
