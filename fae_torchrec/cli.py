@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument("--placement", choices=("stock", "fae", "fae-unsegregated"), default="fae", help="default: fae")
             command.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)")
+            command.add_argument("--load", metavar="DIR", help="start from this checkpoint, of any placement and number of ranks")
+            command.add_argument("--save", metavar="DIR", help="save the trained model, weights and optimizer; a new folder")
     return parser
 
 
@@ -102,11 +104,11 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
 def _prepare(arguments: argparse.Namespace, config: Any) -> int:
     """`fae profile` and `fae place`."""
     from fae_torchrec.compare import describe_placement, describe_profile
-    from fae_torchrec.experiment import experiment_tables, make_hot_set, make_placement, make_profile, open_data, save_profile
+    from fae_torchrec.experiment import make_hot_set, make_placement, make_profile, open_data, placed_tables, save_profile
     from fae_torchrec.training.report_table import bytes_text, percent_text
 
     data = open_data(config)
-    tables = experiment_tables(config, data)
+    tables = placed_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=not arguments.quiet)
     if arguments.command == "profile":
         path = save_profile(config, profile)
@@ -121,10 +123,11 @@ def _prepare(arguments: argparse.Namespace, config: Any) -> int:
     hot_set = make_hot_set(config, profile) if config.placement.path is None else None
     placement, path = make_placement(config, tables, hot_set)
     described = describe_placement(config, profile, hot_set, placement)
+    each = "on each rank" if config.placement.hot_tier == "replicated" else "over all ranks"
     lines = [
         f"{path}: placement {placement.fingerprint}",
         f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot, "
-        f"the budget is {bytes_text(placement.budget_bytes)} a rank",
+        f"the budget is {bytes_text(placement.budget_bytes)} {each}",
         f"hot inputs {percent_text(placement.hot_inputs)} % of samples",
         f"coverage {percent_text(placement.coverage)} % of the counted accesses",
         *(
@@ -145,22 +148,25 @@ def _train(arguments: argparse.Namespace, config: Any) -> int:
 
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks: received {arguments.ranks}; give at least 1")
-    show = not arguments.quiet
+    show, checkpoints = not arguments.quiet, (arguments.load, arguments.save)
     device = config.train.device
     with launched_group(device) as group:
         if group is None:
-            placement = prepare(config, arguments.placement, arguments.ranks, show_progress=show)
-            job = (config, arguments.placement, placement, show)
+            placement = prepare(config, arguments.placement, arguments.ranks, *checkpoints, show_progress=show)
+            job = (config, arguments.placement, placement, show, *checkpoints)
             result = run_on_local_ranks(run_placement, arguments.ranks, *job, device_type=device)[0]
         else:  # torchrun: every rank runs this command
-            placement = from_first_rank(partial(prepare, config, arguments.placement, group.size(), show_progress=show), group)
-            result = run_placement(group.rank(), config, arguments.placement, placement, show)
+            make = partial(prepare, config, arguments.placement, group.size(), *checkpoints, show_progress=show)
+            placement = from_first_rank(make, group)
+            result = run_placement(group.rank(), config, arguments.placement, placement, show, *checkpoints)
             if group.rank():
                 return 0
     path = write_json(result, Path(config.output, "train.json"))
-    scores = f"test AUC {result['test_auc']:.4f}, logloss {result['test_logloss']:.4f}"
-    line = f"{result['placement']} on {result['ranks']} rank(s): {result['samples_per_s']:,.0f} samples/s, {scores}"
-    _print(arguments, [line, str(path)], path.read_text(encoding="utf-8"))
+    loaded = result.get("loaded")
+    lines = [f"{loaded['path']}: {_scores_text(loaded)}"] if loaded else []
+    lines.append(f"{result['placement']} on {result['ranks']} rank(s): {result['samples_per_s']:,.0f} samples/s, {_scores_text(result)}")
+    lines += [str(path), *([arguments.save] if arguments.save else [])]
+    _print(arguments, lines, path.read_text(encoding="utf-8"))
     return 0
 
 
@@ -184,6 +190,10 @@ def _compare(arguments: argparse.Namespace, config: Any, command: list[str]) -> 
 
 def _print(arguments: argparse.Namespace, lines: Sequence[str], as_json: str) -> None:
     print(as_json.rstrip() if arguments.json else "\n".join(lines))
+
+
+def _scores_text(scores: Any) -> str:
+    return f"test AUC {scores['test_auc']:.4f}, logloss {scores['test_logloss']:.4f}"
 
 
 def _top_share(counts: Any) -> float:

@@ -23,6 +23,7 @@ from fae_torchrec.experiment import (
     make_placement,
     make_profile,
     open_data,
+    placed_tables,
     run_placement,
 )
 
@@ -44,7 +45,7 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
         FAEError: bad input; before any training where it can be known.
     """
     data = open_data(config)
-    tables = experiment_tables(config, data)
+    tables = placed_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=show_progress)
     hot_set = make_hot_set(config, profile) if config.placement.path is None else None
     placement, _ = make_placement(config, tables, hot_set)
@@ -55,7 +56,7 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
         "command": list(command),
         **describe_environment(collect()),
         "config": config.to_dict(),
-        "data": describe_data(data, tables),
+        "data": describe_data(data, experiment_tables(config, data)),
         "profile": describe_profile(profile),
         "placement": describe_placement(config, profile, hot_set, placement),
         "runs": [],
@@ -83,7 +84,7 @@ def describe_environment(environment: Environment) -> dict[str, Any]:
 
 
 def describe_data(data: ExperimentData, tables: TableSet) -> dict[str, Any]:
-    """The data and tables as the report has them."""
+    """The data and all tables of the model as the report has them."""
     return {
         "name": data.name,
         "train_samples": data.train.num_samples,
@@ -114,7 +115,7 @@ def describe_profile(profile: PopularityProfile) -> dict[str, Any]:
 
 
 def describe_placement(config: RunConfig, profile: PopularityProfile, hot_set: HotSet | None, placement: RowPlacement) -> dict[str, Any]:
-    """The placement as the report has it, with hot inputs over budgets from the pinned tables' bytes to all."""
+    """The placed tables as the report has them, with hot inputs over budgets from the pinned tables' bytes to all."""
     tables = placement.tables
     pinned = config.placement.pinned_max_rows
     most = tables.total_bytes
@@ -124,6 +125,8 @@ def describe_placement(config: RunConfig, profile: PopularityProfile, hot_set: H
         "fingerprint": placement.fingerprint,
         "budget_bytes": placement.budget_bytes,
         "used_bytes": placement.hot_bytes,
+        "hot_tier": config.placement.hot_tier,
+        "stock_tables": list(config.placement.stock_tables),
         "hot_rows": sum(placement.hot_rows(name) for name in tables.names),
         "pinned": [] if hot_set is None else list(hot_set.pinned),
         "threshold": None if hot_set is None else hot_set.threshold,

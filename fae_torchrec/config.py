@@ -106,20 +106,33 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class PlacementConfig:
-    """Which rows are hot: a budget of fast memory per rank (weights and optimizer state), or a saved placement (`path`)."""
+    """Which rows are hot, where they lie, and what is left to stock sharding.
+
+    Attributes:
+        budget: bytes of the hot rows, weights and optimizer state: what a rank holds of a replicated hot tier, what all ranks hold
+            together of a sharded one. A percentage is of all placed tables.
+        pinned_max_rows: tables of at most so many rows are always hot.
+        path: a saved placement, instead of selecting one.
+        hot_tier: every rank holds every hot row, or the stock planner spreads them by table or (on CUDA) by row.
+        stock_tables: names of tables (`t_<feature>`) left to stock sharding: not profiled and not placed.
+        check_replicas: compares the ranks' hot rows bit for bit every so many steps; 0 never.
+    """
 
     budget: int | str = "10%"
     pinned_max_rows: int = within(1024, 0)
     path: str | None = None
+    hot_tier: Literal["replicated", "table_wise", "row_wise"] = "replicated"
+    stock_tables: tuple[str, ...] = ()
+    check_replicas: int = within(0, 0)
 
     def __post_init__(self) -> None:
         self.budget_bytes(1)  # an unreadable budget fails here, before any work
 
     def budget_bytes(self, total_bytes: int) -> int:
-        """Bytes of fast memory per rank.
+        """The budget in bytes.
 
         Args:
-            total_bytes: bytes of all rows of all tables, weights and optimizer state; what a percentage is of.
+            total_bytes: bytes of all rows of all placed tables, weights and optimizer state; what a percentage is of.
 
         Returns:
             The budget in bytes, rounded down.

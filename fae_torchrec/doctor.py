@@ -182,7 +182,8 @@ def describe(environment: Environment, problems: tuple[Problem, ...]) -> str:
     for index, (name, memory) in enumerate(environment.devices):
         lines.append(f"cuda:{index}          {name}, {memory / 1024**3:.1f} GiB")
     if not environment.devices:
-        lines.append("devices         no CUDA device: hot rows live in ordinary memory, figures on the CPU show the method, not its speed")
+        lines.append("devices         no CUDA device: hot rows live in ordinary memory, figures on the CPU show the method, not its speed;")
+        lines.append("                no Adam: FBGEMM has no fused kernel of it on the CPU, neither for stock TorchRec nor here")
     if environment.nvidia_driver and environment.packages.get("torch") and environment.cuda is None:
         lines.append("                NVIDIA's driver is here, but this torch is a CPU build; for the GPU use an environment with:")
         lines += [f"    {command}" for command in install_commands(TRIOS[0], cuda=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
 
 from fae_torchrec.config import RunConfig
@@ -29,15 +30,16 @@ from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.parquet import ParquetSource
 from fae_torchrec.data.segregate import check_ids
 from fae_torchrec.data.synthetic import SyntheticCriteo
-from fae_torchrec.distributed.planner import FAEShardingPlanner
 from fae_torchrec.distributed.process_group import gather_counts
 from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
-from fae_torchrec.training.audit import KindAudit, audit
+from fae_torchrec.training.audit import audit
+from fae_torchrec.training.checkpoint import load_checkpoint, save_checkpoint
 from fae_torchrec.training.dlrm import build_dlrm
-from fae_torchrec.training.metrics import check_labels
-from fae_torchrec.training.shard import build_optimizer, shard_model
-from fae_torchrec.training.trainer import Trainer, TrainOptions, TrainResult
+from fae_torchrec.training.metrics import check_labels, evaluate
+from fae_torchrec.training.run_entry import planned_fast_memory, run_entry
+from fae_torchrec.training.shard import build_optimizer, fae_planner, shard_model
+from fae_torchrec.training.trainer import Trainer, TrainOptions
 
 _PROFILE_BATCH = 8192
 
@@ -86,6 +88,19 @@ def open_data(config: RunConfig) -> ExperimentData:
 def experiment_tables(config: RunConfig, data: ExperimentData) -> TableSet:
     """The model's tables, from a model on the meta device."""
     return model_tables(_model(config, data, torch.device("meta")))
+
+
+def placed_tables(config: RunConfig, data: ExperimentData) -> TableSet:
+    """The model's tables without those left to stock sharding: what is profiled and placed.
+
+    Raises:
+        ConfigError: `placement.stock_tables` names what is no table, or leaves none.
+    """
+    model = _model(config, data, torch.device("meta"))
+    try:
+        return model_tables(model, leave=config.placement.stock_tables)
+    except ConfigError as error:
+        raise ConfigError(f"placement.stock_tables: {error}; name tables of the model, and not all of them") from None
 
 
 def make_profile(config: RunConfig, data: ExperimentData, tables: TableSet, *, show_progress: bool = False) -> PopularityProfile:
@@ -177,35 +192,44 @@ def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, 
             raise DataError(f"the {split} data hold {source.num_samples} sample(s), {ranks} ranks need at least one each; take fewer ranks")
     if any(name != "stock" for name in names):
         topology = Topology(world_size=ranks, local_world_size=local_ranks, compute_device=device)
-        planner = FAEShardingPlanner(placement, topology=topology, batch_size=config.train.batch_size)
+        options = config.placement
+        planner = fae_planner(placement, topology, config.train.batch_size, options.hot_tier, options.stock_tables)
         planner.plan(_model(config, data, torch.device("meta")), get_fae_sharders())
+    tables = experiment_tables(config, data)
     for batch in data.test.batches(_PROFILE_BATCH):
-        check_ids(batch.sparse_features, placement.tables)
+        check_ids(batch.sparse_features, tables)
         check_labels(batch.labels)
 
 
-def prepare(config: RunConfig, name: str, ranks: int, *, show_progress: bool = False) -> RowPlacement:
+def prepare(
+    config: RunConfig, name: str, ranks: int, load: str | None = None, save: str | None = None, *, show_progress: bool = False
+) -> RowPlacement:
     """Everything that comes before training one placement: opens the data, measures popularity, places the rows, checks the run.
 
     Args:
         config: the experiment.
         name: the placement that will be trained: "stock", "fae" or "fae-unsegregated".
         ranks: number of ranks.
+        load: folder of the checkpoint that training starts from.
+        save: folder for the checkpoint of the trained model.
         show_progress: a progress bar while popularity is measured.
 
     Raises:
         FAEError: bad input.
         PlannerError: a table cannot be placed so.
     """
+    _check_folders(load, save)
     data = open_data(config)
-    tables = experiment_tables(config, data)
+    tables = placed_tables(config, data)
     hot_set = None if config.placement.path else make_hot_set(config, make_profile(config, data, tables, show_progress=show_progress))
     placement, _ = make_placement(config, tables, hot_set)
     check_run(config, data, placement, [name], ranks)
     return placement
 
 
-def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlacement, show_progress: bool) -> dict[str, Any]:
+def run_placement(
+    rank: int, config: RunConfig, name: str, placement: RowPlacement, show_progress: bool, load: str | None = None, save: str | None = None
+) -> dict[str, Any]:
     """Trains, scores and audits one placement on this rank of the default process group.
 
     Args:
@@ -214,9 +238,17 @@ def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlaceme
         name: "stock", "fae" or "fae-unsegregated".
         placement: the rows' tiers; "stock" does not look at it.
         show_progress: a progress bar on rank 0.
+        load: folder of a checkpoint to start from, saved under any placement and number of ranks.
+        save: folder for a checkpoint of the trained model.
 
     Returns:
-        One entry of the report's `runs`; the same on every rank but for its clock.
+        One entry of the report's `runs`, the same on every rank but for its clock; with `load`, its "loaded" has the scores before
+        training.
+
+    Raises:
+        ConfigError: there is no checkpoint to load, or one where to save.
+        DataError: the checkpoint is damaged.
+        StateError: it is of another model or optimizer.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -225,8 +257,20 @@ def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlaceme
     data = open_data(config)
     tables = experiment_tables(config, data)
     hot_rows = None if name == "stock" else placement
-    model = shard_model(_model(config, data, torch.device("cpu")), hot_rows, config.train.batch_size, device, group)
+    model = shard_model(
+        _model(config, data, torch.device("cpu")),
+        hot_rows,
+        config.train.batch_size,
+        device,
+        group,
+        hot_tier=config.placement.hot_tier,
+        stock_tables=config.placement.stock_tables,
+    )
     optimizer = build_optimizer(model, config.train.dense_learning_rate)
+    loaded = None
+    if load is not None:
+        load_checkpoint(load, model, optimizer)
+        loaded = {"path": load, **_scores(config, data, model, device, group)}
     schedule = ShuffleSchedule(config.schedule.policy if name == "fae" else "stock", config.schedule.rate)
 
     def loader(num_batches: int | None) -> HotColdDataLoader:
@@ -244,59 +288,35 @@ def run_placement(rank: int, config: RunConfig, name: str, placement: RowPlaceme
         steps=config.train.steps,
         eval_batch_size=config.train.eval_batch_size,
         swap_eval_batches=config.train.swap_eval_batches,
+        check_replicas=config.placement.check_replicas,
     )
     result = Trainer(model, optimizer, loader(None), data.test, options, device, group, show_progress=show_progress).run()
+    if save is not None:  # before the audit, which trains on
+        save_checkpoint(save, model, optimizer, extra={"placement": name, "config": config.to_dict()})
     kinds = audit(model, optimizer, loader(config.compare.count_batches), tables, hot_rows, device, group)
-    return _report_entry(name, group.size(), hot_rows, result, kinds)
+    fast_memory = planned_fast_memory(model.plan, tables, device.type, group.size())
+    entry = run_entry(name, group.size(), fast_memory, result, kinds)
+    return entry if loaded is None else {**entry, "loaded": loaded}
 
 
-def _report_entry(
-    name: str, ranks: int, placement: RowPlacement | None, result: TrainResult, kinds: Mapping[str, KindAudit]
-) -> dict[str, Any]:
-    samples = sum(result.samples_by_kind.values())
-
-    def per_sample(quantity: str) -> float:
-        """The audit's quantity per sample, kinds weighted as the run had them."""
-        total = 0.0
-        for kind, count in result.samples_by_kind.items():
-            alike = _audits_of(kind, kinds)
-            total += count * sum(getattr(each, quantity) for each in alike) / sum(each.samples for each in alike)
-        return total / samples
-
-    return {
-        "placement": name,
-        "ranks": ranks,
-        "samples_per_s": result.samples_per_s,
-        "samples_per_s_spread": list(result.samples_per_s_spread),
-        "hot_inputs": None if placement is None else per_sample("hot_samples"),
-        "hot_batches": None if placement is None else result.steps_by_kind.get("hot", 0) / sum(result.steps_by_kind.values()),
-        "fast_memory_bytes": 0 if placement is None else placement.hot_bytes,
-        "bytes_crossed_per_sample": per_sample("crossed_bytes"),
-        "cold_rows_per_sample": per_sample("cold_rows"),
-        "cold_bytes_per_sample": per_sample("cold_bytes"),
-        "train_loss": result.train_loss,
-        "test_auc": result.test.auc,
-        "test_logloss": result.test.logloss,
-        "test_accuracy": result.test.accuracy,
-        "steps": sum(result.steps_by_kind.values()),
-        "steps_by_kind": result.steps_by_kind,
-        "samples": samples,
-        "samples_by_kind": result.samples_by_kind,
-        "wall_s": result.wall_s,
-        "swap_losses": result.swap_losses,
-        "breakdown": {
-            kind: {part: getattr(sums, f"{part}_ms") / sums.steps for part in ("input_dist", "forward", "backward", "optimizer")}
-            for kind, sums in kinds.items()
-        },
-        "audit": {kind: asdict(sums) for kind, sums in kinds.items()},
-        "loss_curve": [list(point) for point in result.loss_curve],
-    }
+def _check_folders(load: str | None, save: str | None) -> None:
+    """Finds a checkpoint folder that cannot be before any work; what is in one to load is checked when it is."""
+    if load is not None and not Path(load).is_dir():
+        raise ConfigError(f"--load: there is no folder {load}; give the folder of a finished checkpoint")
+    if save is not None:
+        folder = Path(save).absolute()
+        above = next(parent for parent in folder.parents if parent.exists())
+        if folder.exists() or not above.is_dir() or not os.access(above, os.W_OK):
+            why = "exists already" if folder.exists() else f"cannot be made in {above}"
+            raise ConfigError(f"--save: the folder {save} {why}; give a new folder where you may write, checkpoints are not overwritten")
 
 
-def _audits_of(kind: str, kinds: Mapping[str, KindAudit]) -> list[KindAudit]:
-    """The kind's audit; where the audited batches had none of it, that of the other kind that uses both tiers; else all."""
-    other = {"cold": "mixed", "mixed": "cold"}.get(kind, kind)
-    return next(([kinds[name]] for name in (kind, other) if name in kinds), list(kinds.values()))
+def _scores(
+    config: RunConfig, data: ExperimentData, model: DistributedModelParallel, device: torch.device, group: dist.ProcessGroup
+) -> dict[str, float]:
+    batches = data.test.batches(config.train.eval_batch_size, rank=group.rank(), world_size=group.size())
+    scores = evaluate(model, batches, device, group)
+    return {"test_auc": scores.auc, "test_logloss": scores.logloss, "test_accuracy": scores.accuracy}
 
 
 def _model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any:

@@ -120,6 +120,33 @@ def test_train(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert (printed["placement"], printed["ranks"], printed["samples"]) == ("fae-unsegregated", 2, 2 * (TRAIN_SAMPLES - 1))
 
 
+def test_checkpoint_from_stock_on_two_ranks_to_fae_on_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What was scored when it was saved is what is scored when it is loaded, under another plan and number of ranks, and back."""
+    config = write_experiment(tmp_path)
+    write_parquet(tmp_path / "test.parquet", 202, seed=1)  # two ranks and one score the same samples
+    first, second = (str(tmp_path / "checkpoints" / name) for name in ("first", "second"))
+    short = ["--config", str(config), "--set", "train.steps=12"]
+    stock = run_json(capfd, "train", *short, "--placement", "stock", "--ranks", "2", "--save", first)
+    assert "loaded" not in stock
+    assert cli.main(["train", *short, "--load", first, "--save", second, "--quiet"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"{first}: test AUC {stock['test_auc']:.4f}, logloss {stock['test_logloss']:.4f}"
+    assert lines[-1] == second
+    fae = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (fae["placement"], fae["ranks"], fae["loaded"]["path"]) == ("fae", 1, first)
+    back = run_json(capfd, "train", *short, "--placement", "stock", "--load", second)
+    for score in ("test_auc", "test_logloss", "test_accuracy"):
+        assert fae["loaded"][score] == pytest.approx(stock[score], rel=1e-6)
+        assert back["loaded"][score] == pytest.approx(fae[score], rel=1e-6)
+    assert fae["test_logloss"] != fae["loaded"]["test_logloss"], "the control: training changes the scores"
+    # Of another optimizer: one message, and no checkpoint is made.
+    sgd = [*short, "--set", "train.optimizer=sgd", "--load", first, "--save", str(tmp_path / "third"), "--quiet"]
+    assert cli.main(["train", *sgd]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and f"checkpoint {first} does not fit this model" in err
+    assert not (tmp_path / "third").exists()
+
+
 def test_compare(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     more = ["--ranks", "1", "--set", "train.steps=12"]
     assert cli.main(["compare", "--config", str(config), *more]) == 0
@@ -232,9 +259,25 @@ BAD: dict[str, tuple[str, Callable[[Path], list[str]], list[str]]] = {
     "layers": ("train", _sets("model.over_arch=[1]"), ["at least two layers"]),
     "ranks": ("train", lambda folder: ["--ranks", "0"], ["--ranks: received 0; give at least 1"]),
     "ranks twice": ("compare", lambda folder: ["--ranks", "1", "1"], [r"--ranks: received \[1, 1\]", "none twice"]),
+    "tables to leave": (
+        "train",
+        _sets("placement.stock_tables=[t_x]"),
+        [r"placement.stock_tables: .*\['t_x'\] are not", "'t_u', 't_v', 't_w'"],
+    ),
+    "hot tier": ("compare", _sets("placement.hot_tier=row_wise"), ["no hot tier 'row_wise' on device 'cpu'", "table_wise on cpu"]),
+    "nothing to load": ("train", lambda folder: ["--load", str(folder / "absent")], ["--load: there is no folder .*absent"]),
+    "no checkpoint to load": ("train", lambda folder: ["--load", str(folder)], ["no checkpoint in ", "finished checkpoint"]),
+    "target that exists": ("train", lambda folder: ["--save", str(folder)], ["--save: the folder .* exists already", "give a new folder"]),
+    "target in a file": ("train", lambda folder: ["--save", str(folder / "run.yaml" / "x")], ["cannot be made in .*run.yaml"]),
     "more ranks than samples": ("train", lambda folder: ["--ranks", "204"], ["the test data hold 203 sample", "204 ranks"]),
 }
-FOUND_LATE = {"id of test data", "optimizer", "more ranks than samples"}  # profile and placement are right, whole and reusable
+FOUND_LATE = {
+    "id of test data",
+    "optimizer",
+    "hot tier",
+    "no checkpoint to load",
+    "more ranks than samples",
+}  # profile and placement are right, whole and reusable
 
 
 @pytest.mark.parametrize("name", BAD)

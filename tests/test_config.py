@@ -40,6 +40,7 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     assert config.compare == CompareConfig(placements=("fae", "stock"), ranks=(2,), count_batches=16)
     assert (config.train.batch_size, config.train.steps, config.schedule.window_batches) == (1024, None, None)
     assert (config.profile.sample_rate, config.profile.seed, config.placement.pinned_max_rows) == (0.05, 7, 1024)
+    assert (config.placement.hot_tier, config.placement.stock_tables, config.placement.check_replicas) == ("replicated", (), 0)
     assert config.output == "runs/fae"
 
 
@@ -74,6 +75,12 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         (SYNTHETIC + "placement: {budget: 0%}\n", ["placement.budget", "0%", "more than 0%"]),
         (SYNTHETIC + "placement: {budget: 101%}\n", ["placement.budget", "101%", "at most 100%"]),
         (SYNTHETIC + "placement: {budget: 1.5}\n", ["placement.budget", "1.5", "int or str"]),
+        (
+            SYNTHETIC + "placement: {hot_tier: column_wise}\n",
+            ["placement.hot_tier", "'column_wise'", "'replicated', 'table_wise', 'row_wise'"],
+        ),
+        (SYNTHETIC + "placement: {stock_tables: t_u}\n", ["placement.stock_tables", "a list, such as [t_u]"]),
+        (SYNTHETIC + "placement: {check_replicas: -1}\n", ["placement.check_replicas", "-1", "at least 0"]),
         (SYNTHETIC + "model: {embedding_dim: 32}\n", ["model.dense_arch", "[512, 256, 64, 16]", "model.embedding_dim (32)"]),
         (SYNTHETIC + "model: {embedding_dim: 18, dense_arch: [18]}\n", ["model.embedding_dim", "18", "multiple of 4", "20"]),
         (SYNTHETIC + "model: {over_arch: [8, 2]}\n", ["model.over_arch", "[8, 2]", "must be 1"]),
@@ -201,8 +208,12 @@ def test_budget(budget: int | str, total_bytes: int, expected: int) -> None:
 
 def test_round_trip_through_json(tmp_path: Path) -> None:
     config = load_config(
-        write(tmp_path, PARQUET % ("b", "{u: 1, v: 1}") + "train: {optimizer: sgd, steps: 5}\nplacement: {budget: 7KiB}\n")
+        write(
+            tmp_path,
+            PARQUET % ("b", "{u: 1, v: 1}") + "train: {optimizer: sgd, steps: 5}\nplacement: {budget: 7KiB, stock_tables: [t_u]}\n",
+        )
     )
+    assert config.placement.stock_tables == ("t_u",)
     values = json.loads(json.dumps(config.to_dict()))
     assert values["train"]["optimizer"] == "sgd"
     assert values["compare"]["ranks"] == [1, 2]

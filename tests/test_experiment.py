@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -20,19 +19,16 @@ from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.experiment import (
-    _report_entry,
     check_run,
     experiment_tables,
     make_hot_set,
     make_placement,
     make_profile,
     open_data,
+    placed_tables,
     prepare,
     run_placement,
 )
-from fae_torchrec.training.audit import KindAudit
-from fae_torchrec.training.metrics import Scores
-from fae_torchrec.training.trainer import TrainResult
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_parquet
 
 
@@ -144,6 +140,9 @@ def _tables_and_hot_set(readable: RunConfig, config: RunConfig) -> tuple[Any, An
 @pytest.mark.parametrize(
     ("override", "names", "ranks", "message"),
     [
+        ("placement.hot_tier=row_wise", ["fae"], 2, "no hot tier 'row_wise' on device 'cpu'"),
+        ("placement.hot_tier=row_wise", ["stock"], 2, None),
+        ("placement.hot_tier=table_wise", ["fae"], 2, None),
         ("train.optimizer=adam", ["stock", "fae"], 2, "optimized by adam"),
         ("train.optimizer=adam", ["stock"], 2, None),
         ("train.optimizer=adagrad", ["stock", "fae"], 2, None),
@@ -171,44 +170,34 @@ def test_what_is_checked_before_training(
     assert isinstance(error.value, (ConfigError, DataError)) or type(error.value).__name__ == "PlannerError"
 
 
-def _entry(samples_by_kind: dict[str, int], kinds: dict[str, KindAudit], placement: RowPlacement | None) -> dict[str, Any]:
-    result = TrainResult(
-        samples_per_s=1.0,
-        samples_per_s_spread=(1.0, 1.0),
-        train_loss=0.5,
-        loss_curve=[(1, 0.5)],
-        test=Scores(0.5, 0.5, 0.5, 1),
-        samples_by_kind=samples_by_kind,
-        steps_by_kind={kind: count // 10 for kind, count in samples_by_kind.items()},
-        swap_losses=[],
-        wall_s=1.0,
-    )
-    return _report_entry("fae", 2, placement, result, kinds)
+def test_tables_left_to_stock(tmp_path: Path) -> None:
+    """They are neither profiled nor placed; their test ids are checked all the same."""
+    config = new_config(tmp_path, "placement.stock_tables=[t_v]")
+    data = open_data(config)
+    assert placed_tables(config, data).names == ("t_u", "t_w")
+    assert experiment_tables(config, data).names == ("t_u", "t_v", "t_w")
+    placement = prepare(config, "fae", 2)
+    assert placement.tables.names == ("t_u", "t_w")
+    assert PopularityProfile.load(tmp_path / "out" / "profile.npz").tables.names == ("t_u", "t_w")
+    write_parquet(tmp_path / "bad_id.parquet", TEST_SAMPLES, changes={"v": (150, 2000)})
+    bad = new_config(tmp_path, "placement.stock_tables=[t_v]", f"data.parquet.test={tmp_path / 'bad_id.parquet'}")
+    with pytest.raises(DataError, match=r"column 'v', row 150"):
+        check_run(bad, open_data(bad), placement, ["fae"], 2)
+    # The placement of all tables is another one.
+    everything = prepare(new_config(tmp_path, f"output={tmp_path / 'all'}"), "fae", 1)
+    assert everything.fingerprint != placement.fingerprint
+    with pytest.raises(FingerprintError, match="first difference: saved table 't_v'"):
+        prepare(new_config(tmp_path, "placement.stock_tables=[t_v]", f"placement.path={tmp_path / 'all' / 'placement.npz'}"), "fae", 1)
 
 
-def test_audit_is_weighted_as_the_run(tmp_path: Path) -> None:
-    placement = prepare(new_config(tmp_path), "fae", 1)
-    kinds = {
-        "hot": KindAudit(steps=4, samples=40, hot_samples=40, crossed_bytes=400),
-        "cold": KindAudit(steps=1, samples=10, cold_rows=30, cold_bytes=600, crossed_bytes=1000, forward_ms=3.0),
-        "mixed": KindAudit(steps=1, samples=5, hot_samples=2, cold_rows=6, cold_bytes=120, crossed_bytes=600, input_dist_ms=8.0),
-    }
-    entry = _entry({"hot": 600, "cold": 300, "mixed": 100}, kinds, placement)
-    assert entry["hot_inputs"] == pytest.approx(0.6 + 0.1 * 2 / 5)
-    assert entry["hot_batches"] == 0.6
-    assert entry["bytes_crossed_per_sample"] == pytest.approx(0.6 * 10 + 0.3 * 100 + 0.1 * 120)
-    assert entry["cold_rows_per_sample"] == pytest.approx(0.3 * 3 + 0.1 * 6 / 5)
-    assert entry["cold_bytes_per_sample"] == pytest.approx(0.3 * 60 + 0.1 * 24)
-    assert entry["breakdown"]["cold"] == {"input_dist": 0, "forward": 3.0, "backward": 0, "optimizer": 0}
-    assert entry["breakdown"]["mixed"]["input_dist"] == 8.0
-    assert entry["fast_memory_bytes"] == placement.hot_bytes
-    json.dumps(entry)
-    # A kind that the audited batches had none of: the other that uses both tiers stands for it; for hot, the average of all.
-    cold, hot, mixed = kinds["cold"], kinds["hot"], kinds["mixed"]
-    assert _entry({"hot": 10, "cold": 10}, {"hot": hot, "mixed": mixed}, placement)["cold_rows_per_sample"] == 0.6
-    assert _entry({"hot": 10}, {"cold": cold, "mixed": mixed}, placement)["cold_rows_per_sample"] == pytest.approx(36 / 15)
-    stock = _entry({"mixed": 10}, {"mixed": kinds["mixed"]}, None)
-    assert (stock["hot_inputs"], stock["hot_batches"], stock["fast_memory_bytes"]) == (None, None, 0)
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [("[t_v, t_x, v]", r"\['t_x', 'v'\] are not tables .* \['t_u', 't_v', 't_w'\]"), ("[t_u, t_v, t_w]", "at least one; .*and not all")],
+)
+def test_tables_that_cannot_be_left(tables: str, words: str, tmp_path: Path, measured: list[int]) -> None:
+    with pytest.raises(ConfigError, match=f"^placement.stock_tables: .*{words}"):
+        prepare(new_config(tmp_path, f"placement.stock_tables={tables}"), "stock", 1)
+    assert not measured and not (tmp_path / "out").exists(), "before any work"
 
 
 # name -> (placement, overrides, full batches of one and of two ranks)
@@ -224,6 +213,8 @@ RUNS: dict[str, tuple[str, list[str], tuple[int, int]]] = {
     "one step": ("fae", ["train.steps=1"], (1, 1)),
     "few steps": ("fae", ["train.steps=6", "schedule.window_batches=2", "train.optimizer=sgd"], (6, 6)),
     "stock, few steps": ("stock", ["train.steps=6", "train.epochs=3"], (6, 6)),
+    "table-wise": ("fae-unsegregated", ["placement.hot_tier=table_wise"], (22, 11)),
+    "left": ("fae-unsegregated", ["placement.stock_tables=[t_w]", "placement.check_replicas=5"], (22, 11)),
 }
 
 
@@ -231,7 +222,7 @@ def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
     entries = {}
     for name, (placed, overrides, _) in RUNS.items():
         config = new_config(Path(folder), *overrides, "train.batch_size=32")
-        placement = RowPlacement.load(Path(folder, "out", "placement.npz"))
+        placement = RowPlacement.load(Path(folder, "left" if name == "left" else "out", "placement.npz"))
         entries[name] = run_placement(rank, config, placed, placement, False)
     return entries
 
@@ -240,6 +231,7 @@ def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
 def entries(ranks: int) -> list[dict[str, dict[str, Any]]]:
     with TemporaryDirectory() as folder:
         prepare(new_config(Path(folder)), "fae", ranks)
+        prepare(new_config(Path(folder), *RUNS["left"][1], f"output={folder}/left"), "fae", ranks)
         return run_on_local_ranks(_run_all, ranks, folder, timeout_s=240)
 
 
@@ -262,6 +254,7 @@ def test_runs(name: str, ranks: int) -> None:
         if "train.steps" not in str(RUNS[name][1]):
             assert entry["samples"] == epochs * (TRAIN_SAMPLES // ranks * ranks)
         assert sum(entry["steps_by_kind"].values()) == entry["steps"]
+        assert (entry["fast_memory_bytes"] > 0) == (RUNS[name][0] != "stock")
         segregated = RUNS[name][0] == "fae" and name != "stock policy"
         assert ("hot" in entry["steps_by_kind"]) == (segregated and name != "one step")
         assert 0.3 < entry["test_logloss"] < 1.0
@@ -271,3 +264,10 @@ def test_runs(name: str, ranks: int) -> None:
     per_sample = {run: entries(ranks)[0][run]["cold_rows_per_sample"] for run in ("stock", "unsegregated")}
     assert per_sample["stock"] == pytest.approx(len(ROWS)), "three one-hot lookups, all cold"
     assert 0 < per_sample["unsegregated"] < per_sample["stock"]
+    one, other = (entries(ranks)[0][run] for run in ("unsegregated", "table-wise"))
+    for score in ("train_loss", "test_auc", "test_logloss", "cold_rows_per_sample"):
+        assert other[score] == pytest.approx(one[score], rel=1e-5), "where hot rows lie changes nothing"
+    assert (other["fast_memory"]["hot rows"] < one["fast_memory"]["hot rows"]) == (ranks > 1)
+    left = entries(ranks)[0]["left"]
+    assert left["test_logloss"] == pytest.approx(one["test_logloss"], rel=1e-5)
+    assert left["cold_rows_per_sample"] > 1, "every lookup of the table that is left is outside the hot tier"

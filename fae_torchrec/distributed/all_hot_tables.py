@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,7 @@ class AllHotTable:
 
 def all_hot_tables(
     configs: Mapping[str, TableConfig],
-    replicas: Iterator[LocalTable],
+    replicas: Iterable[LocalTable],
     plan: Mapping[str, ParameterSharding],
     rank: int,
     group: dist.ProcessGroup | None,

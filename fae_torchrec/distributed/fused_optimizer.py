@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
+
+Entry: TypeAlias = tuple[torch.Tensor, Any]
+"""A parameter and its state."""
+
+
+def entry(optimizer: KeyedOptimizer, key: str) -> Entry:
+    """One table of a stock optimizer.
+
+    Args:
+        optimizer: shows the table.
+        key: what it calls its parameter.
+    """
+    param = optimizer.params[key]
+    return param, optimizer.state[param]
 
 
 class HotTierOptimizer(FusedOptimizer):
@@ -17,14 +31,14 @@ class HotTierOptimizer(FusedOptimizer):
     on one where no home lies.
 
     Args:
-        inner: the fused optimizer of the hot tier's kernels.
-        shown: stock-shaped optimizers of all-hot tables whose home lies on this rank, with the stock key of each parameter of theirs.
+        inner: the fused optimizer of one of the hot tier's kernels.
+        shown: by stock key, parameter and state (as stock shows them) of all-hot tables whose home, or a shard of it, lies on this rank.
     """
 
-    def __init__(self, inner: KeyedOptimizer, shown: Mapping[str, KeyedOptimizer]) -> None:
+    def __init__(self, inner: KeyedOptimizer, shown: Mapping[str, Entry]) -> None:
         self._inner = inner
-        params = {key: next(iter(optimizer.params.values())) for key, optimizer in shown.items()}
-        state = {params[key]: optimizer.state[params[key]] for key, optimizer in shown.items()}
+        params = {key: param for key, (param, _) in shown.items()}
+        state = dict(shown.values())
         groups = [{"params": [], "lr": group["lr"]} for group in inner.param_groups]
         groups[0]["params"] = list(params.values())
         super().__init__(params, state, groups)
@@ -51,8 +65,8 @@ class HotTierOptimizer(FusedOptimizer):
 class HotColdFusedOptimizer(CombinedOptimizer):
     """Both tiers' fused optimizers as one whose state is the stock state.
 
-    Reading the state writes changed hot rows back to their homes first; loading it promotes them again afterwards (a collective, as
-    loading is done by all ranks).
+    Reading the state writes changed hot rows back to their homes first (a collective where the hot tier is sharded, so all ranks must
+    read it together); loading it promotes them again afterwards (a collective, as loading is done by all ranks).
 
     Args:
         hot: the hot tier's optimizers.
@@ -70,7 +84,7 @@ class HotColdFusedOptimizer(CombinedOptimizer):
 
     @property
     def state(self) -> Mapping[torch.Tensor, Any]:
-        """State by parameter, current in every row."""
+        """State by parameter, current in every row. A collective where the hot tier is sharded."""
         self._write_back()
         state: Mapping[torch.Tensor, Any] = super().state
         return state

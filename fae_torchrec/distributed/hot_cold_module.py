@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.tables import TableKind
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.distributed.all_hot_tables import all_hot_tables
-from fae_torchrec.distributed.fused_optimizer import HotColdFusedOptimizer, HotTierOptimizer
+from fae_torchrec.distributed.fused_optimizer import Entry, HotColdFusedOptimizer, HotTierOptimizer, entry
 from fae_torchrec.distributed.homes import Homes
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.replicated import ReplicatedHotTier
+from fae_torchrec.distributed.sharded_hot_tier import ShardedHotBags, ShardedHotSequences, ShardedHotTier
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.stock_state import StockState
 from fae_torchrec.distributed.tiers import (
@@ -34,7 +35,7 @@ from fae_torchrec.distributed.tiers import (
     optimizer_key,
     tier_collection,
 )
-from fae_torchrec.modules.lookups import HotGroup, TableConfig, cold_configs, hot_groups
+from fae_torchrec.modules.lookups import HotGroup, TableConfig, cold_configs, hot_groups, tier_config
 from fae_torchrec.modules.model_tables import table_configs, table_weights
 from fae_torchrec.modules.tier_split import TierSplit
 
@@ -107,12 +108,17 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
     def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
         raise NotImplementedError
 
-    def _new_hot_tier(self, module: Collection, groups: list[HotGroup]) -> ReplicatedHotTier:
+    def _new_hot_tier(self, module: Collection, groups: list[HotGroup]) -> ReplicatedHotTier | ShardedHotTier:
+        pooled = self.prefix == "embedding_bags"
+        if self.module_sharding_plan.hot_tier != "replicated":
+            hot = [tier_config(self._configs[name], rows) for group in groups for name, rows in group.tables]
+            stock = self._new_stock_module(tier_collection(module, hot), dict(self.module_sharding_plan.hot))
+            return (ShardedHotBags if pooled else ShardedHotSequences)(stock, groups, self._env.process_group, self._device)
         codecs = (self.qcomm_codecs_registry or {}).get(self.gradient_comm.name)
         return ReplicatedHotTier(
             groups,
             merged_tables(module, groups),
-            pooled=self.prefix == "embedding_bags",
+            pooled=pooled,
             fused_params=self._fused_params,
             env=self._env,
             device=self._device,
@@ -133,34 +139,43 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         """Prepares saving and loading, and starts the tiers alike: hot rows as their homes, replicas as their owner's."""
         group, configs = self._env.process_group, list(self._configs.values())
         hot_tables = {name: self._configs[name] for name, kind in self._kinds.items() if kind is TableKind.HOT}
-        self._all_hot = all_hot_tables(hot_tables, self._hot.tables(), self.module_sharding_plan, self._env.rank, group)
+        replicated = not isinstance(self._hot, ShardedHotTier)
+        replicas = self._hot.tables() if replicated else ()
+        self._all_hot = all_hot_tables(hot_tables, replicas, self.module_sharding_plan, self._env.rank, group)
         owned = {name: table for name, table in self._all_hot.items() if table.owned}
         split = [name for name, kind in self._kinds.items() if kind is TableKind.SPLIT]
         hot_ids = {name: torch.as_tensor(self.placement.hot_ids[name]).to(self._device) for name in split}
-        self._homes = Homes(self._hot.tables, cold_lookups, hot_ids, owned, group)
+        self._homes = Homes(self._hot.tables, cold_lookups, hot_ids, owned, group, replicated=replicated)
         stock = [(tier.module, tier.tables) for tier in self._stock_tiers()]
+        if isinstance(self._hot, ShardedHotTier):
+            stock.append((self._hot.module, list(hot_tables)))
         self._state = StockState(self.prefix, configs, stock, self._all_hot, self._homes, group)
         hot = [
-            HotTierOptimizer(
-                kernel.fused_optimizer,
-                {self._state.key(name): table.optimizer() for name, table in owned.items() if table.replica.kernel is kernel},
-            )
+            HotTierOptimizer(kernel.fused_optimizer, self._shown(kernel, hot_tables))
             for lookup in self._hot.lookups
             for kernel in lookup.modules()
             if isinstance(kernel, FusedOptimizerModule)
         ]
         stock_optimizers = [tier.module.fused_optimizer for tier in self._stock_tiers()]
         self._optim = HotColdFusedOptimizer(hot, stock_optimizers, self.write_back, self.promote)
-        self._register_stock_parameters()
+        self._register_stock_parameters(stock)
         for name, table in owned.items():
             init = self._configs[name].init_fn
             assert init is not None  # TorchRec's config fills it in
             init(table.replica.weights)
         self.promote()
 
-    def _register_stock_parameters(self) -> None:
+    def _shown(self, kernel: Any, all_hot: Iterable[str]) -> dict[str, Entry]:
+        """What the fused optimizer shows of one of the hot tier's kernels: all-hot tables whose home lies there, by stock key."""
+        if isinstance(self._hot, ShardedHotTier):
+            keys = {self._state.key(name) for name in all_hot}
+            return {key: entry(kernel.fused_optimizer, key) for key in kernel.fused_optimizer.params if key in keys}
+        owned = {name: table for name, table in self._all_hot.items() if table.owned and table.replica.kernel is kernel}
+        return {self._state.key(name): entry(table.optimizer(), f"{name}.weight") for name, table in owned.items()}
+
+    def _register_stock_parameters(self, stock: list[tuple[Any, list[str]]]) -> None:
         """Registers `<prefix>.<table>.weight` as stock does: a rank's shard of the table's home, nothing where it holds none."""
-        holders = {name: getattr(tier.module, self.prefix)[name] for tier in self._stock_tiers() for name in tier.tables}
+        holders = {name: getattr(module, self.prefix)[name] for module, tables in stock for name in tables}
         tables = nn.ModuleDict()
         for name in self._configs:
             holder = nn.Module()
@@ -191,11 +206,14 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
                 awaitables.extend(started)
         return KJTListSplitsAwaitable(awaitables, ctx, self._module_fqn)
 
-    def _look_up(self, ctx: FAEContext, inputs: KJTList) -> tuple[torch.Tensor, LazyAwaitable[Any] | None, LazyAwaitable[Any] | None]:
+    def _look_up(
+        self, ctx: FAEContext, inputs: KJTList
+    ) -> tuple[Awaitable[torch.Tensor], LazyAwaitable[Any] | None, LazyAwaitable[Any] | None]:
         """Looks all tiers up; the stock ones first, so that their output dists run while the hot tier is looked up.
 
         Returns:
-            The hot tier's sums, and what to wait for of the cold tier and of the tables left to stock; None where there is nothing.
+            What to wait for: of the hot tier (its sums; see `wait_for_hot`), of the cold tier and of the tables left to stock; None where
+            there is nothing.
         """
         step = self._steps.advance()
         hot_input, *rest = list(inputs)
@@ -205,11 +223,15 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
             rest = rest[tier.num_inputs :]
         for tier in self._left:
             left = tier.module.compute_and_output_dist(ctx.left, KJTList(rest))
-        hot = self._hot.forward(hot_input, step)
+        return self._hot.forward(hot_input, step), cold, left
+
+    def wait_for_hot(self, sums: Awaitable[torch.Tensor]) -> torch.Tensor:
+        """The hot tier's sums, which may be changed in place."""
+        hot: torch.Tensor = sums.wait()
         if hot.requires_grad:
             # The fused update follows in backward.
             hot.register_hook(lambda _: self._homes.hot_rows_change())  # type: ignore[no-untyped-call]
-        return hot, cold, left
+        return hot
 
     @staticmethod
     def _left_features(features: KeyedJaggedTensor, tier: StockTier) -> KeyedJaggedTensor:
@@ -279,7 +301,10 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         assert not value, "set by the base class to an empty list only"
 
     def write_back(self) -> None:
-        """Copies every hot row, weights and optimizer state, to its home, unless none has changed since. Local: no collective."""
+        """Copies every hot row, weights and optimizer state, to its home, unless none has changed since.
+
+        A collective where the hot tier is sharded, so all ranks must take part; local where it is replicated.
+        """
         self._homes.write_back()
 
     def promote(self) -> None:
@@ -298,7 +323,10 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
     def state_dict(
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The stock state: `<prefix>.<table>.weight`, sharded as the stock plan; an all-hot table has one shard, on its owner."""
+        """The stock state: `<prefix>.<table>.weight`, sharded as the plan of the homes (of a replicated all-hot table: on its owner).
+
+        A collective where the hot tier is sharded, so all ranks must take part; see `write_back`.
+        """
         return self._state.save({} if destination is None else destination, prefix, keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
@@ -150,7 +149,7 @@ class ReplicatedHotTier:
         )
         return _InputAwaitable(exchange, ids.hot, list(own))
 
-    def forward(self, rows: HotInput, step: int) -> torch.Tensor:
+    def forward(self, rows: HotInput, step: int) -> Awaitable[torch.Tensor]:
         """Sums this rank's hot ids; the gradient of the result updates the hot rows, averaged over ranks as stock does.
 
         Args:
@@ -158,12 +157,13 @@ class ReplicatedHotTier:
             step: what `StepCount.advance` gave for this forward.
 
         Returns:
-            Contiguous: pooled, [samples, columns of all groups] in some shape; else [bags of all groups, dim].
+            Contiguous: pooled, [samples, columns of all groups] in some shape; else [bags of all groups, dim]. There is nothing to wait
+            for here: sharded hot tiers have this interface too.
         """
         if self.group is None:
-            return self._join(self._look_up(rows.bags))
+            return NoWait(self._join(self._look_up(rows.bags)))
         joined: torch.Tensor = _Replicated.apply(self._anchor, self, rows, step)  # type: ignore[no-untyped-call]
-        return joined
+        return NoWait(joined)
 
     def tables(self) -> Iterator[LocalTable]:
         """Every table's hot rows and their optimizer state, as views of this rank's replica."""

@@ -9,7 +9,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import KJTList
-from torchrec.distributed.types import CommOp, LazyAwaitable
+from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -59,7 +59,7 @@ class _SequencesAwaitable(LazyAwaitable[Sequences]):
         self,
         module: ShardedFAEEmbeddingCollection,
         ids: SequenceIds,
-        hot: torch.Tensor,
+        hot: Awaitable[torch.Tensor],
         cold: LazyAwaitable[Sequences] | None,
         left: LazyAwaitable[Sequences] | None,
     ) -> None:
@@ -68,7 +68,7 @@ class _SequencesAwaitable(LazyAwaitable[Sequences]):
 
     def _wait_impl(self) -> Sequences:
         module, ids = self._module, self._ids
-        rows = module.clip_gradient(join_rows(self._hot, None if self._cold is None else self._cold.wait(), ids))
+        rows = module.clip_gradient(join_rows(module.wait_for_hot(self._hot), None if self._cold is None else self._cold.wait(), ids))
         by_lookup = ids.by_lookup(rows, module.tier_split.lookups)
         if self._left is not None:
             by_lookup.update(self._left.wait())

@@ -9,7 +9,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import CommOp, LazyAwaitable, LazyGetItemMixin
+from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable, LazyGetItemMixin
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -59,7 +59,7 @@ class _BagsAwaitable(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTen
         self,
         module: ShardedFAEEmbeddingBagCollection,
         ids: TieredIds,
-        hot: torch.Tensor,
+        hot: Awaitable[torch.Tensor],
         cold: LazyAwaitable[KeyedTensor] | None,
         left: LazyAwaitable[KeyedTensor] | None,
     ) -> None:
@@ -69,7 +69,9 @@ class _BagsAwaitable(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTen
     def _wait_impl(self) -> KeyedTensor:
         module, ids = self._module, self._ids
         cold = None if self._cold is None else self._cold.wait().values()
-        joined = module.tier_join.keyed(module.clip_gradient(module.tier_join(self._hot, cold, ids.cold_at, ids.lengths)))
+        joined = module.tier_join.keyed(
+            module.clip_gradient(module.tier_join(module.wait_for_hot(self._hot), cold, ids.cold_at, ids.lengths))
+        )
         if self._left is None:
             return joined
         left = self._left.wait()

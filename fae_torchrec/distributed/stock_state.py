@@ -95,7 +95,7 @@ class StockState:
     def _load_stock(self, module: nn.Module, tables: Sequence[str], state: Mapping[str, Any]) -> None:
         """Loads one stock module's tables; it takes whole tensors and shards cut as its own."""
         mine = module.state_dict()
-        ours = {}
+        ours = dict(mine)  # those that stay, too: torchrec 1.8's EmbeddingCollection fails without any of its tables, strict or not
         for name in tables:
             value, own = state[self.key(name)], mine.get(self.key(name))
             if isinstance(value, ShardedTensor) and not (isinstance(own, ShardedTensor) and _cut_alike(value, own)):

@@ -29,21 +29,19 @@ class FAEContext(Multistreamable):
 
     Attributes:
         ids: the batch's ids by tier.
-        hot: the hot tier's stock context, None where the tier is replicated.
         cold: the cold tier's stock context, None for a hot batch and where no table has a cold row.
         left: the stock context of the tables left to stock sharding, None where there are none.
         sharding_contexts: as TorchRec's pipelines want them: one per awaitable, None where a tier of ours has none.
     """
 
     ids: TieredIds | None = None
-    hot: Multistreamable | None = None
     cold: Multistreamable | None = None
     left: Multistreamable | None = None
     sharding_contexts: list[EmbeddingShardingContext | None] = field(default_factory=list)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
-        for part in (self.ids, self.hot, self.cold, self.left):
+        for part in (self.ids, self.cold, self.left):
             if part is not None:
                 part.record_stream(stream)
 

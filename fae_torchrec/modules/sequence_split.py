@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
@@ -31,20 +32,19 @@ class SequenceIds(TieredIds):
     def by_lookup(self, rows: torch.Tensor, lookups: Sequence[Lookup]) -> dict[str, JaggedTensor]:
         """Cuts the joined rows [ids, dim] into one JaggedTensor per lookup, by its key."""
         assert self.lengths is not None
-        parts = zip(lookups, rows.split(self.length_per_lookup), self.lengths.unbind(0), strict=True)
+        parts = zip(lookups, rows.split_with_sizes(self.length_per_lookup), self.lengths.unbind(0), strict=True)
         return {lookup.key: JaggedTensor(values, lengths=lengths) for lookup, values, lengths in parts}
 
 
 class SequenceSplit(TierSplit):
     """The split of an unpooled collection. Arguments: `TierSplit`."""
 
-    cold_positions: torch.Tensor
+    cold_rows: torch.Tensor
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         cold = [i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT]
-        self.register_buffer("cold_positions", torch.tensor(cold, dtype=torch.int64, device=self.rows.device), persistent=False)
-        self._permutation: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
+        self.register_buffer("cold_rows", torch.tensor(cold, dtype=torch.int64, device=self.row_base.device), persistent=False)
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> SequenceIds:
         """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.
@@ -56,40 +56,35 @@ class SequenceSplit(TierSplit):
         Raises:
             DataError: a feature of a table is missing, or the batch has a variable stride.
         """
-        batch = self._permute(features)
-        counts, lengths = batch.length_per_key(), batch.lengths().view(len(self.lookups), batch.stride())
-        values, offsets = batch.values().to(torch.int64), torch.ops.fbgemm.asynchronous_complete_cumsum(batch.lengths().to(torch.int64))
-        slots = self._find(values, offsets, lengths.sum(1), self.rows, self.row_base)
+        values, lengths, _ = self._in_order(features)
+        lengths = lengths.view(len(self.lookups), features.stride())
+        ids_of = dict(zip(features.keys(), features.length_per_key(), strict=True))
+        counts = [ids_of[lookup.feature] for lookup in self.lookups]
         ends = list(accumulate(counts, initial=0))
-        first_bags = [ends[i] for i in accumulate((len(group.lookups) for group in self.groups), initial=0)]
+        first_bags = [ends[lookup] for lookup in accumulate((len(group.lookups) for group in self.groups), initial=0)]
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.view(-1).to(torch.int64))
+        slots = self._find(values, offsets)
         if promised_hot or not self.cold_lookups:
             misses = (slots < 0).sum().reshape(1)
             one_each = torch.arange(slots.numel() + 1, device=slots.device)
             return SequenceIds(self._group_bags(slots, one_each, None, first_bags), None, None, misses, lengths, counts)
         is_hot = slots >= 0
-        hot_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
-        cold_lengths = lengths - hot_offsets.index_select(0, offsets).diff().view(lengths.shape).to(lengths.dtype)
-        cold_lengths = cold_lengths.index_select(0, self.cold_positions)
+        hot_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
+        hot_lengths = hot_before.index_select(0, offsets).diff().view(lengths.shape).to(lengths.dtype)
+        cold_lengths = (lengths - hot_lengths).index_select(0, self.cold_rows)
         cold_counts = cold_lengths.sum(1).tolist()  # the one synchronisation: every size follows from it
-        hot = torch.nonzero_static(is_hot, size=slots.numel() - sum(cold_counts)).squeeze(1)
+        hot = torch.nonzero_static(is_hot, size=values.numel() - sum(cold_counts)).squeeze(1)
         cold_at = torch.nonzero_static(is_hot.logical_not_(), size=sum(cold_counts)).squeeze(1)
         cold = KeyedJaggedTensor(
             [lookup.key for lookup in self.cold_lookups],
             values.index_select(0, cold_at),
             lengths=cold_lengths.view(-1),
-            stride=batch.stride(),
+            stride=features.stride(),
             length_per_key=cold_counts,
         )
-        none = torch.zeros(1, dtype=torch.int64, device=values.device)
-        bags = self._group_bags(slots.index_select(0, hot), hot_offsets, None, first_bags)
-        return SequenceIds(bags, cold, cold_at, none, lengths, counts)
-
-    def _permute(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The batch with a feature per lookup, in their order; a copy, whose ids may be changed."""
-        sources = self._sources(features)
-        if sources != self._permutation[0] or features.device() != self._permutation[1].device:
-            self._permutation = sources, torch.tensor(sources, dtype=torch.int32, device=features.device())
-        return features.permute(*self._permutation)
+        misses = torch.zeros(1, dtype=torch.int64, device=values.device)
+        bags = self._group_bags(slots.index_select(0, hot), hot_before, None, first_bags)
+        return SequenceIds(bags, cold, cold_at, misses, lengths, counts)
 
 
 def join_rows(hot: torch.Tensor, cold: Mapping[str, JaggedTensor] | None, ids: SequenceIds) -> torch.Tensor:
@@ -105,5 +100,5 @@ def join_rows(hot: torch.Tensor, cold: Mapping[str, JaggedTensor] | None, ids: S
     """
     if cold is None or ids.cold is None or ids.cold_at is None:
         return hot
-    rows = torch.cat([cold[key].values() for key in ids.cold.keys()])
+    rows = torch.cat([cold[key].values() for key in ids.cold.keys()]).to(hot.device)  # noqa: SIM118 (a KeyedJaggedTensor)
     return add_units(hot, rows, ids.cold_at, hot.shape[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -15,7 +17,7 @@ from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind
 from fae_torchrec.modules.lookups import HotGroup, Lookup, TableConfig
-from fae_torchrec.modules.slot_index import new_slot_index
+from fae_torchrec.modules.slot_index import DenseSlotIndex, new_slot_index
 
 
 @dataclass
@@ -107,6 +109,7 @@ class TierSplit(nn.Module):
         first_row = dict(zip(tables, torch.tensor([0, *(rows[name] for name in tables)]).cumsum(0).tolist(), strict=False))
         self.first_slots = torch.tensor([0, *(group.num_slots for group in groups)]).cumsum(0).tolist()[:-1]
         self._bounds_check_mode = bounds_check_mode
+        self._permutation: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
         buffers = {
             "row_base": torch.tensor([first_row[lookup.table] for lookup in self.lookups]),
             "rows": torch.tensor([rows[lookup.table] for lookup in self.lookups]),
@@ -114,6 +117,10 @@ class TierSplit(nn.Module):
         }
         for name, value in buffers.items():
             self.register_buffer(name, value.to(device), persistent=False)
+        # One FBGEMM operation instead of several where it applies: to a plain array, of tables in the order of the lookups.
+        plain = isinstance(self.index, DenseSlotIndex) and tables == [lookup.table for lookup in self.lookups]
+        starts = torch.tensor([0, *(rows[name] for name in tables)]).cumsum(0).to(device)
+        self.register_buffer("_table_starts", starts if plain else None, persistent=False)
 
     @property
     def index_bytes(self) -> int:
@@ -121,12 +128,22 @@ class TierSplit(nn.Module):
         index: int = self.index.index_bytes
         return index
 
-    def _sources(self, features: KeyedJaggedTensor) -> list[int]:
-        """The position of each lookup's feature in the batch.
+    def _in_order(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A batch's ids (int64, a copy), lengths and weights, lookup by lookup.
 
         Raises:
             DataError: a feature is missing, or the batch has a variable stride.
         """
+        sources = self._sources(features)
+        if sources == list(range(len(features.keys()))):
+            return features.values().to(torch.int64, copy=True), features.lengths(), features.weights_or_none()
+        if sources != self._permutation[0] or features.device() != self._permutation[1].device:
+            self._permutation = sources, torch.tensor(sources, dtype=torch.int32, device=features.device())
+        batch = features.permute(*self._permutation)
+        return batch.values().to(torch.int64), batch.lengths(), batch.weights_or_none()
+
+    def _sources(self, features: KeyedJaggedTensor) -> list[int]:
+        """The position of each lookup's feature in the batch."""
         if features.variable_stride_per_key():
             raise DataError(
                 "received a KeyedJaggedTensor with a batch size per feature (variable stride), which hot/cold tables do not support; "
@@ -138,15 +155,27 @@ class TierSplit(nn.Module):
             raise DataError(f"the batch lacks the features {missing}; it has {features.keys()}; feed every feature of the tables")
         return [position[lookup.feature] for lookup in self.lookups]
 
-    def _find(
-        self, values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, base: torch.Tensor
-    ) -> torch.Tensor:
-        """Brings ids into bounds, in place, and looks their slots up: int64, -1 where cold. `rows` and `base` are by bag."""
-        if values.numel() and self._bounds_check_mode != BoundsCheckMode.NONE:
-            torch.ops.fbgemm.bounds_check_indices(rows, values, offsets, self._bounds_check_mode.value, self.out_of_bounds)
+    def _find(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Brings ids into bounds, in place, and looks their slots up.
+
+        Args:
+            values: int64 [ids], lookup by lookup.
+            offsets: int64 [lookups x samples + 1].
+
+        Returns:
+            int64 [ids], -1 where cold.
+        """
+        if not values.numel():
+            return values
+        if self._bounds_check_mode != BoundsCheckMode.NONE:
+            torch.ops.fbgemm.bounds_check_indices(self.rows, values, offsets, self._bounds_check_mode.value, self.out_of_bounds)
         values.clamp_(min=0)  # FBGEMM lets -1 pass, a pruned row to its inference kernels
-        first = torch.repeat_interleave(base, lengths, output_size=values.numel())
-        slots: torch.Tensor = self.index(first.add_(values))
+        if self._table_starts is not None:
+            found: torch.Tensor = torch.ops.fbgemm.pruned_array_lookup(values, offsets, self.index.slots, self._table_starts)
+            return found
+        samples = (offsets.numel() - 1) // len(self.lookups)
+        rows = torch.repeat_interleave(self.row_base, offsets[::samples].diff(), output_size=values.numel()).add_(values)
+        slots: torch.Tensor = self.index(rows)
         return slots.to(torch.int64)
 
     def _group_bags(self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int]) -> list[HotBags]:
@@ -164,43 +193,23 @@ class TierSplit(nn.Module):
         ]
 
 
-@dataclass(frozen=True)
-class _BagOrder:
-    """How the bags of a batch with these keys and this many samples are ordered, as tensors on the device.
-
-    Bags stand by group, then sample, then lookup, so that a kernel's output [bags, dim] is [samples, columns of the group].
-
-    Attributes:
-        keys: keys of the batch.
-        samples: its samples.
-        source: int32 [bags]: the bag of the batch (feature-major).
-        rows: int64 [bags]: rows of the table.
-        base: int64 [bags]: the first row of the table in the index.
-        cold: int32 [cold lookups x samples]: the bag of (cold lookup, sample).
-        first: first bag of every group, and the number of bags.
-    """
-
-    keys: list[str]
-    samples: int
-    source: torch.Tensor
-    rows: torch.Tensor
-    base: torch.Tensor
-    cold: torch.Tensor
-    first: list[int]
-
-
 class BagSplit(TierSplit):
     """The split of a pooled collection.
 
-    Hot bags: those of the batch without their cold ids. Cold bags are *packed*: bag j of a lookup in `cold` is its j-th bag that holds
-    a cold id, and `cold_at` int64 [cold lookups, bags] says which sample's it is (the rest of a lookup's bags are empty). So the cold
-    tier computes and exchanges as many bags as the lookup with the most, instead of one per sample.
+    Hot bags: those of the batch without their cold ids, by group, then sample, then lookup, so that a kernel's output [bags, dim] is
+    [samples, columns of the group]. Cold bags are *packed*: bag j of a lookup in `cold` is its j-th bag that holds a cold id, and
+    `cold_at` int64 [cold lookups, bags] says which sample's it is (the rest of a lookup's bags are empty). So the cold tier computes and
+    exchanges as many bags as the lookup with the most, instead of one per sample.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._orders: dict[tuple[int, torch.device], _BagOrder] = {}
+    cold_rows: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._any_mean = any(lookup.mean for lookup in self.lookups)
+        cold = [i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT]
+        self.register_buffer("cold_rows", torch.tensor(cold, dtype=torch.int64, device=self.row_base.device), persistent=False)
+        self._orders: dict[int, torch.Tensor] = {}
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> TieredIds:
         """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.
@@ -212,97 +221,73 @@ class BagSplit(TierSplit):
         Raises:
             DataError: a feature of a table is missing, or the batch has a variable stride.
         """
-        order, total = self._order(features)
-        lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
-            order.source, features.lengths(), features.values().to(torch.int64), features.weights_or_none(), total
-        )
-        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
-        slots = self._find(values, offsets, lengths, order.rows, order.base)
-        by_sample = self._by_sample(lengths, order) if self._any_mean else None
+        values, lengths, weights = self._in_order(features)
+        lengths, samples = lengths.to(torch.int64), features.stride()
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        slots = self._find(values, offsets)
+        whole = lengths.view(len(self.lookups), samples).t() if self._any_mean else None
         if promised_hot or not self.cold_lookups:
             misses = (slots < 0).sum().reshape(1)
-            return TieredIds(self._group_bags(slots, offsets, weights, order.first), None, None, misses, by_sample)
+            return TieredIds(self._hot_bags(slots, lengths, weights, samples), None, None, misses, whole)
         is_hot = slots >= 0
-        hot_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64)).index_select(0, offsets)
-        cold_lengths = lengths - hot_offsets.diff().to(lengths.dtype)
-        by_lookup = cold_lengths.index_select(0, order.cold).view(len(self.cold_lookups), -1)
-        counts = torch.cat([(by_lookup > 0).sum(1), by_lookup.sum(1)]).tolist()  # the one synchronisation: every size follows from it
+        hot_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
+        hot_lengths = hot_before.index_select(0, offsets).diff()
+        by_lookup = (lengths - hot_lengths).view(len(self.lookups), samples).index_select(0, self.cold_rows)
+        full = by_lookup > 0
+        counts = torch.cat([full.sum(1), by_lookup.sum(1)]).tolist()  # the one synchronisation: every size follows from it
         bags, ids = counts[: len(by_lookup)], counts[len(by_lookup) :]
-        hot = torch.nonzero_static(is_hot, size=total - sum(ids)).squeeze(1)
-        cold = torch.nonzero_static(is_hot.logical_not_(), size=sum(ids)).squeeze(1)
-        hot_weights, cold_weights = (None if weights is None else weights.index_select(0, at) for at in (hot, cold))
-        _, cold_ids, cold_weights = torch.ops.fbgemm.permute_1D_sparse_data(
-            order.cold, cold_lengths, values.index_select(0, cold), cold_weights, sum(ids)
-        )
-        packed_lengths, cold_at = _pack(by_lookup, max(*bags, 1), sum(bags))
+        hot = values.numel() - sum(ids)
+        at = _hot_first(is_hot, hot_before[:-1], hot)
+        numbers = torch.empty_like(values).scatter_(0, at, torch.where(is_hot, slots, values))
+        weights = None if weights is None else torch.empty_like(weights).scatter_(0, at, weights)
+        packed_lengths, cold_at = _pack(by_lookup, full, max(*bags, 1))
         packed = KeyedJaggedTensor(
             [lookup.key for lookup in self.cold_lookups],
-            cold_ids,
-            cold_weights,
+            numbers[hot:],
+            None if weights is None else weights[hot:],
             lengths=packed_lengths,
             stride=cold_at.shape[1],
             length_per_key=ids,
         )
-        none = torch.zeros(1, dtype=torch.int64, device=values.device)
-        bags_of_groups = self._group_bags(slots.index_select(0, hot), hot_offsets, hot_weights, order.first)
-        return TieredIds(bags_of_groups, packed, cold_at, none, by_sample)
+        misses = torch.zeros(1, dtype=torch.int64, device=values.device)
+        hot_bags = self._hot_bags(numbers[:hot], hot_lengths, None if weights is None else weights[:hot], samples)
+        return TieredIds(hot_bags, packed, cold_at, misses, whole)
 
-    def _by_sample(self, lengths: torch.Tensor, order: _BagOrder) -> torch.Tensor:
-        """Lengths of bags as [samples, lookups]."""
-        parts = lengths.split_with_sizes([order.samples * len(group.lookups) for group in self.groups])
-        return torch.cat([part.view(order.samples, len(group.lookups)) for part, group in zip(parts, self.groups, strict=True)], dim=1)
-
-    def _order(self, features: KeyedJaggedTensor) -> tuple[_BagOrder, int]:
-        """The order of the bags, computed once for a batch size, and the number of ids in it."""
-        keys, samples, device = features.keys(), features.stride(), features.device()
-        order = self._orders.get((samples, device))
-        if order is None or order.keys != keys:
+    def _hot_bags(self, slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None, samples: int) -> list[HotBags]:
+        """Brings bags from lookup by lookup into the order of the kernels."""
+        widths = [len(group.lookups) for group in self.groups]
+        order = self._orders.get(samples)
+        if order is None:
             if len(self._orders) > 8:  # odd last batches
                 self._orders.clear()
-            order = self._orders[samples, device] = self._new_order(features)
-        per_key = dict(zip(keys, features.length_per_key(), strict=True))
-        return order, sum(per_key[lookup.feature] for lookup in self.lookups)
-
-    def _new_order(self, features: KeyedJaggedTensor) -> _BagOrder:
-        samples, device = features.stride(), features.device()
-        sources = torch.tensor(self._sources(features), device=device)
-        sample, lookup = torch.arange(samples, device=device), torch.arange(len(self.lookups), device=device)
-        width = [len(group.lookups) for group in self.groups]
-        lookups = torch.cat([part.repeat(samples) for part in lookup.split_with_sizes(width)])
-        samples_of_bags = torch.cat([sample.repeat_interleave(count) for count in width])
-        bag = torch.empty(len(self.lookups), samples, dtype=torch.int64, device=device)
-        bag[lookups, samples_of_bags] = torch.arange(lookups.numel(), device=device)
-        is_cold = torch.tensor([lookup.kind is not TableKind.HOT for lookup in self.lookups], device=device)
-        return _BagOrder(
-            keys=list(features.keys()),
-            samples=samples,
-            source=(sources[lookups] * samples + samples_of_bags).to(torch.int32),
-            rows=self.rows[lookups],
-            base=self.row_base[lookups],
-            cold=bag[is_cold].view(-1).to(torch.int32),
-            first=[samples * count for count in torch.tensor([0, *width]).cumsum(0).tolist()],
-        )
+            bags = torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device).view(len(self.lookups), samples)
+            order = self._orders[samples] = torch.cat([part.t().reshape(-1) for part in bags.split_with_sizes(widths)])
+        lengths, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(order, lengths, slots, weights, slots.numel())
+        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        return self._group_bags(slots, offsets, weights, [samples * first for first in accumulate(widths, initial=0)])
 
 
-def _pack(lengths: torch.Tensor, width: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _hot_first(is_hot: torch.Tensor, hot_before: torch.Tensor, hot: int) -> torch.Tensor:
+    """Where each id goes, so that the hot ones (`hot` in all) come first and both keep their order: int64 [ids]."""
+    cold = torch.arange(hot, hot + is_hot.numel(), device=is_hot.device).sub_(hot_before)
+    return torch.where(is_hot, hot_before, cold)
+
+
+def _pack(lengths: torch.Tensor, full: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the bags that are not empty to the front of their lookup.
 
     Args:
         lengths: int [lookups, samples].
+        full: bool [lookups, samples], which bags are not empty.
         width: bags a lookup has afterwards, at least as many as are not empty in any.
-        count: bags that are not empty.
 
     Returns:
-        lengths int [lookups x width], and int64 [lookups, width], the sample of each bag (the empty ones spread over all samples, so that
+        lengths int32 [lookups x width], and int64 [lookups, width], the sample of each bag (the empty ones spread over all samples, so that
         none is added to by many).
     """
     lookups, samples = lengths.shape
-    full = lengths > 0
-    bag = torch.nonzero_static(full.view(-1), size=count).squeeze(1)
-    lookup = torch.div(bag, samples, rounding_mode="floor")
-    to = (full.cumsum(1) - 1).view(-1).index_select(0, bag) + lookup * width
-    packed = lengths.new_zeros(lookups * width)
-    packed[to] = lengths.view(-1).index_select(0, bag)
-    sample = torch.arange(width, device=lengths.device).repeat(lookups)
-    sample[to] = bag - lookup * samples
-    return packed, sample.view(lookups, width)
+    to = torch.where(full, full.cumsum(1) - 1, width)  # the empty bags into a column that is cut off
+    packed = lengths.new_zeros(lookups, width + 1).scatter_(1, to, lengths)
+    sample = torch.arange(max(samples, width + 1), device=lengths.device).expand(lookups, -1)
+    at = sample[:, : width + 1].scatter(1, to, sample[:, :samples])
+    return packed[:, :width].reshape(-1).to(torch.int32), at[:, :width].contiguous()

@@ -68,7 +68,7 @@ def audit(
         model: sharded.
         optimizer: of the model.
         loader: this rank's batches and their kinds.
-        tables: of the model.
+        tables: of the model, those left to stock sharding included.
         placement: of the model, None for stock.
         device: where the model lies.
         group: the ranks.
@@ -112,16 +112,19 @@ def cold_accesses(kjt: KeyedJaggedTensor, tables: TableSet, placement: RowPlacem
     Args:
         kjt: raw ids of one batch.
         tables: whose lookups are counted.
-        placement: the hot rows; None counts every lookup.
+        placement: the hot rows; None counts every lookup, and a table that it does not know has no hot row.
 
     Returns:
         Rows looked up outside the hot tier (repeats counted) and their bytes, optimizer state included.
     """
     rows, row_bytes = 0, 0
     features = kjt.to_dict()
+    placed = () if placement is None else placement.tables.names
     for name, feature in tables.lookups:
         ids = features[feature].values()
-        cold = ids.numel() if placement is None else int((~placement.is_hot(name, ids.cpu().numpy())).sum())
+        cold = ids.numel()
+        if placement is not None and name in placed:
+            cold -= int(placement.is_hot(name, ids.cpu().numpy()).sum())
         rows += cold
         row_bytes += cold * tables[name].row_bytes
     return rows, row_bytes

@@ -84,8 +84,9 @@ _NOTES = {
         "the method costs, not what fast memory gains; bytes and rows per sample are counted, not timed, and hold on any machine."
     ),
     "Fast memory": (
-        "Weights and optimizer state per rank. stock has no budget: what its plan keeps in fast memory counts in full. The hot tier is "
-        "copied on every rank."
+        "Bytes that the plan puts into fast memory on the rank that has most: hot rows (weights and optimizer state), the index that finds "
+        "them and, on a GPU, tables that lie in its memory whole. stock has no budget: those tables are all it has there. A replicated hot "
+        "tier is on every rank, a sharded one is spread over them. On a CPU all memory is the same, and only the hot tier counts."
     ),
     "Hot inputs and hot batches": (
         "A sample is hot if every one of its ids is hot; a batch is hot if every one of its samples is. In stock order almost no batch is "

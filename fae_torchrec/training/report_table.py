@@ -71,7 +71,7 @@ COLUMNS = (
     Column("samples/s", "samples_per_s", count_text, "samples trained per second, all ranks together: of the run, and over its fifths"),
     Column("hot inputs %", "hot_inputs", percent_text, "share of the samples whose every id is hot"),
     Column("hot batches %", "hot_batches", percent_text, "share of the steps that left the cold tier alone"),
-    Column("fast-memory bytes", "fast_memory_bytes", bytes_text, "per rank: weights and optimizer state of embeddings in fast memory"),
+    Column("fast-memory bytes", "fast_memory_bytes", bytes_text, "per rank: hot rows with optimizer state, and the index that finds them"),
     Column(
         "bytes crossed ranks / sample",
         "bytes_crossed_per_sample",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,8 +26,29 @@ from fae_torchrec.modules.model_tables import model_tables
 _SAME_ARITHMETIC = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]
 
 
+def fae_planner(
+    placement: RowPlacement, topology: Topology, batch_size: int, hot_tier: str = "replicated", stock_tables: Iterable[str] = ()
+) -> FAEShardingPlanner:
+    """The planner of a hot/cold run; tables left to stock may be sharded as the stock baseline's are. Arguments as `shard_model`.
+
+    Raises:
+        PlannerError: there is no such hot tier on the device, or a table is both placed and left to stock.
+    """
+    left = tuple(stock_tables)
+    return FAEShardingPlanner(
+        placement, topology=topology, batch_size=batch_size, constraints=_stock_constraints(left), hot_tier=hot_tier, stock_tables=left
+    )
+
+
 def shard_model(
-    model: nn.Module, placement: RowPlacement | None, batch_size: int, device: torch.device, group: dist.ProcessGroup
+    model: nn.Module,
+    placement: RowPlacement | None,
+    batch_size: int,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    *,
+    hot_tier: str = "replicated",
+    stock_tables: Iterable[str] = (),
 ) -> DistributedModelParallel:
     """Shards a model and gives it the unsharded model's weights, so that every placement starts from the same.
 
@@ -36,18 +59,20 @@ def shard_model(
         batch_size: per rank.
         device: where to train.
         group: the ranks.
+        hot_tier: "replicated", "table_wise" or "row_wise"; of no matter without a placement.
+        stock_tables: tables that the placement does not know, left to stock sharding; of no matter without a placement.
     """
     # Names, not the module: the unsharded tables are freed with the returned dict's last reader.
     weights = dict(model.state_dict())
     topology = Topology(world_size=group.size(), local_world_size=get_local_size(group.size()), compute_device=device.type)
     if placement is None:
         sharders = get_default_sharders()
-        constraints = {name: ParameterConstraints(sharding_types=_SAME_ARITHMETIC) for name in model_tables(model).names}
+        constraints = _stock_constraints(model_tables(model).names)
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
         plan = planner.collective_plan(model, sharders, group)
     else:
         sharders = get_fae_sharders()
-        plan = FAEShardingPlanner(placement, topology=topology, batch_size=batch_size).collective_plan(model, sharders, group)
+        plan = fae_planner(placement, topology, batch_size, hot_tier, stock_tables).collective_plan(model, sharders, group)
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     sharded.load_state_dict(weights)
     return sharded
@@ -58,3 +83,7 @@ def build_optimizer(model: DistributedModelParallel, dense_learning_rate: float)
     dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
     dense = KeyedOptimizerWrapper(dense_parameters, lambda parameters: torch.optim.Adagrad(parameters, lr=dense_learning_rate))
     return CombinedOptimizer([model.fused_optimizer, dense])
+
+
+def _stock_constraints(tables: Iterable[str]) -> dict[str, ParameterConstraints]:
+    return {name: ParameterConstraints(sharding_types=_SAME_ARITHMETIC) for name in tables}

@@ -21,6 +21,7 @@ from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.schedule import Phase
 from fae_torchrec.data.batches import BatchSource
 from fae_torchrec.data.dataloader import HotColdDataLoader
+from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
 from fae_torchrec.training.batch_kinds import with_kinds
 from fae_torchrec.training.metrics import Scores, evaluate
 from fae_torchrec.training.train_pipeline import FAETrainPipeline
@@ -39,12 +40,14 @@ class TrainOptions:
         steps: ends the run after so many steps; None trains whole epochs.
         eval_batch_size: samples per rank and test batch.
         swap_eval_batches: test batches looked at after each swap for the schedule's feedback; 0 gives it none.
+        check_replicas: compares the ranks' hot rows bit for bit every so many steps; 0 never.
     """
 
     epochs: int = 1
     steps: int | None = None
     eval_batch_size: int = 4096
     swap_eval_batches: int = 4
+    check_replicas: int = 0
 
 
 @dataclass
@@ -65,7 +68,8 @@ class TrainResult:
 
     Attributes:
         samples_per_s: over all ranks; the first steps (warm-up) and evaluations are left out, all loading and segregating is in, also that
-            of the first steps, where a whole epoch may be segregated (a run that `steps` ends early pays for all that was segregated).
+            of the first steps, where a whole epoch may be segregated (a run that `steps` ends early pays for all that was segregated);
+            checks of replicas are in.
         samples_per_s_spread: lowest and highest over fifths of the run.
         train_loss: mean over the last epoch (unless `steps` ends it, the same samples under every placement and order).
         loss_curve: (samples trained over all ranks, mean loss since the last point).
@@ -123,6 +127,7 @@ class Trainer:
         self._rank = 0 if group is None else group.rank()
         self._world_size = 1 if group is None else group.size()
         self._show_progress = show_progress and self._rank == 0
+        self._hot_cold = [module for module in model.modules() if isinstance(module, ShardedHotColdModule)]
         self._wants_feedback = loader.schedule.policy == "fae" and options.swap_eval_batches > 0
         self._swaps = 0
         self._swap_losses: list[float] = []
@@ -133,6 +138,7 @@ class Trainer:
 
         Raises:
             DataError: there is no sample to train or to score on; the loader's and the sources' own.
+            ReplicaError: the ranks' hot rows differ (only where they are checked); on every rank alike.
         """
         started = time.perf_counter()
         log = StepLog()
@@ -169,6 +175,9 @@ class Trainer:
                     torch.cuda.synchronize(self._device)  # what is still queued belongs to the steps, not to the evaluation that follows
                     log.busy_s[-1] += time.perf_counter() - start
                 return
+            if self._options.check_replicas and (len(log.kinds) + 1) % self._options.check_replicas == 0:
+                for module in self._hot_cold:
+                    module.check_replicas()
             log.busy_s.append(time.perf_counter() - start - (loaded.seconds - loading_s))
             log.loading_s.append(loaded.take_seconds())
             log.kinds.append(loaded.kinds.popleft())

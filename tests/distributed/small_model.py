@@ -141,7 +141,9 @@ def placement_of(case: Case) -> RowPlacement:
     return new_placement(model_tables(new_model(case)))
 
 
-def shard(case: Case, placement: RowPlacement | None, weights: dict[str, torch.Tensor] | None = None) -> DistributedModelParallel:
+def shard(
+    case: Case, placement: RowPlacement | None, weights: dict[str, torch.Tensor] | None = None, hot_tier: str = "replicated"
+) -> DistributedModelParallel:
     """A new model, sharded by the stock planner or by ours where a placement is given, with the same start weights every time."""
     model = new_model(case)
     group = dist.group.WORLD
@@ -154,7 +156,7 @@ def shard(case: Case, placement: RowPlacement | None, weights: dict[str, torch.T
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=16, constraints=constraints)
     else:
         sharders = get_fae_sharders()
-        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16)
+        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16, hot_tier=hot_tier)
     sharded = DistributedModelParallel(
         model, device=torch.device("cpu"), plan=planner.collective_plan(model, sharders, group), sharders=sharders
     )

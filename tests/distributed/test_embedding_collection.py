@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import checkpoint
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embedding import EmbeddingCollectionAwaitable, ShardedEmbeddingCollection
@@ -76,23 +76,33 @@ def _train(setup: Setup, rank: int, *, ours: bool, learning_rate: float = LEARNI
     }
 
 
-def _round_trip(rank: int) -> dict[str, Any]:
+def _without_empty(state: dict[str, Any]) -> dict[str, Any]:
+    """The fused optimizer's state by table; torch.distributed.checkpoint loses a table without any, unless rank 0 has it."""
+    return {key: value for key, value in state["state"].items() if value}
+
+
+def _round_trip(rank: int, folder: str) -> dict[str, Any]:
     """Stock, trained -> ours -> stock, and a step further in each; the state is bit for bit the same on the way."""
 
     def state(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
         return {**whole_tensors(model.state_dict()), **optimizer_state(model)}
 
-    def hand_over(giver: DistributedModelParallel, taker: DistributedModelParallel) -> None:
-        taker.load_state_dict(giver.state_dict())
-        taker.fused_optimizer.load_state_dict(giver.fused_optimizer.state_dict())
+    def hand_over(giver: DistributedModelParallel, taker: DistributedModelParallel, name: str) -> None:
+        """Through a checkpoint, for stock's planner and ours put tables on different ranks."""
+        given, taken = ({"model": m.state_dict(), "optimizer": _without_empty(m.fused_optimizer.state_dict())} for m in (giver, taker))
+        checkpoint.save(given, checkpoint_id=f"{folder}/{name}")
+        checkpoint.load(taken, checkpoint_id=f"{folder}/{name}")
+        taker.load_state_dict(taken["model"])
+        state = taker.fused_optimizer.state_dict()
+        taker.fused_optimizer.load_state_dict({**state, "state": {**state["state"], **taken["optimizer"]}})
 
     stock, ours, back = shard(MAIN, None), shard(MAIN, placement_of(MAIN)), shard(MAIN, None)
     train(ours, [new_batch(MAIN, 20, rank)])  # what it has learned before is to be forgotten
     train(stock, [_raw(batch) for batch in _batches(MAIN, rank)])
     seen = {"stock": state(stock)}
-    hand_over(stock, ours)
+    hand_over(stock, ours, "stock")
     seen["ours"] = state(ours)
-    hand_over(ours, back)
+    hand_over(ours, back, "ours")
     seen["back"] = state(back)
     for name, model in (("stock", stock), ("ours", ours), ("back", back)):
         train(model, [new_batch(MAIN, 30, rank), _raw(new_batch(MAIN, 31, rank, hot=True))])
@@ -147,23 +157,24 @@ def _pipeline(rank: int) -> dict[str, Any]:
     }
 
 
-def _see(rank: int) -> dict[str, Any]:
+def _see(rank: int, folder: str) -> dict[str, Any]:
     awaitable = shard(MAIN, None).module.ec(new_batch(MAIN, 0, rank).sparse_features)
     assert type(awaitable) is EmbeddingCollectionAwaitable and type(awaitable.wait()) is dict, "what we give in its place is a dict too"
     return {
         "ours": {name: _train(setup, rank, ours=True) for name, setup in SETUPS.items()},
         "stock": {name: _train(setup, rank, ours=False) for name, setup in SETUPS.items()},
         "perturbed": _train(MAIN, rank, ours=True, learning_rate=LEARNING_RATE * 1.001),
-        "round trip": _round_trip(rank),
+        "round trip": _round_trip(rank, folder),
         "count": _count(rank),
         "broken promise": _break_promise(rank),
         "pipeline": _pipeline(rank),
     }
 
 
-@cache
-def _seen(ranks: int) -> list[dict[str, Any]]:
-    return run_on_local_ranks(_see, ranks, timeout_s=200)
+@pytest.fixture(scope="module", params=[1, 2], ids="ranks={}".format)
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank saw of all this, in one start of the ranks; if that fails, it fails once for all tests."""
+    return run_on_local_ranks(_see, request.param, str(tmp_path_factory.mktemp("checkpoints")), timeout_s=200)
 
 
 def _assert_equal(ours: Mapping[str, torch.Tensor], stock: Mapping[str, torch.Tensor]) -> None:
@@ -174,11 +185,9 @@ def _assert_equal(ours: Mapping[str, torch.Tensor], stock: Mapping[str, torch.Te
         torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", SETUPS)
-def test_training_equals_stock(name: str, ranks: int) -> None:
-    seen = _seen(ranks)[0]
-    ours, stock = seen["ours"][name], seen["stock"][name]
+def test_training_equals_stock(name: str, seen: list[dict[str, Any]]) -> None:
+    ours, stock = seen[0]["ours"][name], seen[0]["stock"][name]
     torch.testing.assert_close(ours["losses"], stock["losses"], rtol=1e-5, atol=0)
     _assert_equal(ours["weights"], stock["weights"])
     _assert_equal(ours["optimizer"], stock["optimizer"])
@@ -187,66 +196,58 @@ def test_training_equals_stock(name: str, ranks: int) -> None:
     assert ours["shards"]["ec.embeddings.big.weight"] == (200, 4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_another_learning_rate_would_be_seen(ranks: int) -> None:
+def test_another_learning_rate_would_be_seen(seen: list[dict[str, Any]]) -> None:
     """A control: a thousandth more, in every table."""
-    seen = _seen(ranks)[0]
-    ours, stock = seen["perturbed"]["weights"], seen["stock"]["row-wise adagrad"]["weights"]
+    ours, stock = seen[0]["perturbed"]["weights"], seen[0]["stock"]["row-wise adagrad"]["weights"]
     for key in (f"ec.embeddings.{table}.weight" for table in ROWS if table != "pooled"):
         with pytest.raises(AssertionError, match="not close"):
             _assert_equal({key: ours[key]}, {key: stock[key]})
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", SETUPS)
-def test_output_is_stocks(name: str, ranks: int) -> None:
-    for seen in _seen(ranks):
-        ours, stock = seen["ours"][name]["outputs"], seen["stock"][name]["outputs"]
+def test_output_is_stocks(name: str, seen: list[dict[str, Any]]) -> None:
+    for of_rank in seen:
+        ours, stock = of_rank["ours"][name]["outputs"], of_rank["stock"][name]["outputs"]
         assert list(ours) == NAMES
         assert ours.keys() == stock.keys()
         for key, (values, lengths, weights) in ours.items():
             torch.testing.assert_close(values, stock[key][0], rtol=1e-5, atol=1e-6)
             assert values.dtype == stock[key][0].dtype
             assert lengths.dtype == stock[key][1].dtype
-            assert torch.equal(lengths, seen["ours"][name]["lengths"][key.split("@")[0]])
+            assert torch.equal(lengths, of_rank["ours"][name]["lengths"][key.split("@")[0]])
             assert torch.equal(lengths, stock[key][1])
             assert weights is None and stock[key][2] is None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_stock_to_ours_to_stock(ranks: int) -> None:
-    seen = _seen(ranks)[0]["round trip"]
+def test_stock_to_ours_to_stock(seen: list[dict[str, Any]]) -> None:
+    trip = seen[0]["round trip"]
     for name in ("ours", "back"):
-        assert seen[name].keys() == seen["stock"].keys()
-        for key, value in seen["stock"].items():
-            assert torch.equal(seen[name][key], value), key
-        _assert_equal(seen[f"{name}, trained on"], seen["stock, trained on"])
+        assert trip[name].keys() == trip["stock"].keys()
+        for key, value in trip["stock"].items():
+            assert torch.equal(trip[name][key], value), key
+        _assert_equal(trip[f"{name}, trained on"], trip["stock, trained on"])
     key = "ec.embeddings.big.weight"
-    assert not torch.equal(seen["stock"][key], seen["stock, trained on"][key]), "the control: a step changes it"
+    assert not torch.equal(trip["stock"][key], trip["stock, trained on"][key]), "the control: a step changes it"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_hot_batch_calls_nothing_of_the_cold_tier(ranks: int) -> None:
-    for counted in (seen["count"] for seen in _seen(ranks)):
+def test_hot_batch_calls_nothing_of_the_cold_tier(seen: list[dict[str, Any]]) -> None:
+    for counted in (of_rank["count"] for of_rank in seen):
         hot, mixed = counted["calls"]["hot"], counted["calls"]["mixed"]
         assert counted["cold calls"] == {"input dist, mixed": 1, "lookup, mixed": 1, "output dist, mixed": 1}
         assert not any("alltoall" in name for name in hot), hot
-        if ranks > 1:
+        if len(seen) > 1:
             assert mixed["alltoall_base"] > 0, "the control: a mixed batch does call them"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_broken_promise_is_an_error_on_every_rank(ranks: int) -> None:
-    for message in (seen["broken promise"] for seen in _seen(ranks)):
+def test_broken_promise_is_an_error_on_every_rank(seen: list[dict[str, Any]]) -> None:
+    for message in (of_rank["broken promise"] for of_rank in seen):
         assert "promised to be hot holds cold ids" in message
-        assert f"{{{ranks - 1}: " in message, "it names the rank that broke it"
-        assert message.endswith(f"after {ranks - 1} collectives"), "the counts themselves, and nothing else"
+        assert f"{{{len(seen) - 1}: " in message, "it names the rank that broke it"
+        assert message.endswith(f"after {len(seen) - 1} collectives"), "the counts themselves, and nothing else"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_both_collections_through_the_pipeline(ranks: int) -> None:
-    for seen in _seen(ranks):
-        pipeline = seen["pipeline"]
+def test_both_collections_through_the_pipeline(seen: list[dict[str, Any]]) -> None:
+    for pipeline in (of_rank["pipeline"] for of_rank in seen):
         assert pipeline["steps"] == (3, 6)
         assert sorted(pipeline["pipelined"]) == ["ShardedFAEEmbeddingBagCollection", "ShardedFAEEmbeddingCollection"]
-    _assert_equal(_seen(ranks)[0]["pipeline"]["weights"], _seen(ranks)[0]["stock"]["row-wise adagrad"]["weights"])
+    _assert_equal(seen[0]["pipeline"]["weights"], seen[0]["stock"]["row-wise adagrad"]["weights"])

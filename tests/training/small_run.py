@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,11 +88,11 @@ def placement_of(model: DLRMTrain) -> RowPlacement:
     return new_placement(model_tables(model))
 
 
-def sharded(model: DLRMTrain, placement: RowPlacement | None) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """The model sharded over the default group, with its optimizer."""
+def sharded(model: DLRMTrain, placement: RowPlacement | None, **tiers: Any) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """The model sharded over the default group, with its optimizer; `tiers` as for `shard_model`."""
     group = dist.group.WORLD
     assert group is not None
-    out = shard_model(model, placement, BATCH_SIZE, CPU, group)
+    out = shard_model(model, placement, BATCH_SIZE, CPU, group, **tiers)
     return out, build_optimizer(out, 0.02)
 
 

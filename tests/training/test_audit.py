@@ -55,6 +55,8 @@ def test_cold_accesses_by_hand() -> None:
     )
     assert cold_accesses(kjt, TABLES, PLACEMENT) == (4, 4 * 16)
     assert cold_accesses(kjt, TABLES, None) == (9, 9 * 16)
+    without_b = new_placement(model_tables(new_model(), leave=["t_b"]))
+    assert cold_accesses(kjt, TABLES, without_b) == (5, 5 * 16), "every lookup of a table left to stock counts: three of b"
 
 
 def _audit(rank: int) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torchrec.datasets.utils import Batch
 
-from fae_torchrec.core.errors import DataError
+from fae_torchrec.core.errors import DataError, ReplicaError
 from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.data.batches import is_hot_batch
+from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.training import trainer as trainer_module
 from fae_torchrec.training.metrics import Scores
@@ -156,6 +157,26 @@ def _nothing() -> str:
     return "trained nothing"
 
 
+def _checked(rank: int) -> dict[str, Any]:
+    """A run that compares replicas every third step; before the seventh, rank 1's hot rows are changed."""
+    run = Run(SpiedSchedule("fixed"), TrainOptions(check_replicas=3))
+    (module,) = (module for module in run.model.modules() if isinstance(module, ShardedHotColdModule))
+    checks: list[int] = []
+    check = module.check_replicas
+    module.check_replicas = lambda: (checks.append(len(run.trained)), check())[1]  # type: ignore[method-assign]
+
+    def spoil(*_: Any) -> None:
+        if len(run.trained) == 7 and rank == 1:
+            next(iter(module._hot.tables())).weights.add_(1e-3)
+
+    run.model.register_forward_pre_hook(spoil)
+    try:
+        run.trainer.run()
+    except ReplicaError as error:
+        return {"checks": checks, "error": str(error)}
+    return {"checks": checks, "error": ""}
+
+
 def _everything(rank: int) -> dict[str, Any]:
     return {
         **{name: _train(name) for name in RUNS},
@@ -165,6 +186,7 @@ def _everything(rank: int) -> dict[str, Any]:
         "falling": _scripted(rank, [9 - 0.1 * n for n in range(1, 60)], 5.0),
         "clock": {policy: _clocked(policy) for policy in ("fae", "fixed", "stock")},
         "nothing": _nothing(),
+        "checked": _checked(rank),
     }
 
 
@@ -281,6 +303,14 @@ def test_all_loading_is_on_the_clock(ranks: int) -> None:
     """Also that of the first batch, for which a whole epoch is segregated: each rank gets 16 samples a second; nothing else takes time."""
     for rank in everything(ranks):
         assert rank["clock"] == {policy: pytest.approx(BATCH_SIZE * ranks) for policy in ("fae", "fixed", "stock")}
+
+
+@both
+def test_replicas_are_checked(ranks: int) -> None:
+    for rank in everything(ranks):
+        checks, error = rank["checked"]["checks"], rank["checked"]["error"]
+        assert checks == (list(range(3, 41, 3)) if ranks == 1 else [3, 6, 9])
+        assert bool(error) == (ranks == 2) and (not error or "replicas of hot rows differ" in error)
 
 
 @both

@@ -1,0 +1,236 @@
+"""Sharded hot tiers, table-wise or row-wise: the hot rows are tables of a stock sharded collection, for hot sets larger than one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.permute_pooled_embedding_modules import PermutePooledEmbeddings
+from torch import nn
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.types import Awaitable, LazyAwaitable
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Multistreamable
+
+from fae_torchrec.core.tables import TableKind
+from fae_torchrec.distributed.homes import LocalTable, local_tables
+from fae_torchrec.distributed.step_count import StepCount
+from fae_torchrec.distributed.touched_rows import check_kind
+from fae_torchrec.modules.lookups import HotGroup, Lookup
+from fae_torchrec.modules.sequence_split import SequenceIds
+from fae_torchrec.modules.tier_split import HotBags, TieredIds
+
+
+@dataclass
+class ShardedHotInput(Multistreamable):
+    """What the input dist of one batch gives the hot tier's lookup.
+
+    Attributes:
+        context: the stock context of the batch. It stands here, and not in the collection's own context, because the stock input dist
+            begins only after the kind of the step was checked.
+        features: what the stock input dist gave.
+        ids: this rank's ids.
+    """
+
+    context: Multistreamable
+    features: KJTList
+    ids: TieredIds
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for `stream`."""
+        for part in (self.context, self.features, self.ids):
+            part.record_stream(stream)
+
+
+class ShardedHotTier:
+    """The hot rows of one collection, each on one rank; what pooled and unpooled collections share.
+
+    Args:
+        module: the stock sharded collection of the hot rows: a table of so many rows for each table that has any, features keyed by lookup.
+        groups: the groups of `TierSplit`, whose slots come in.
+        group: the ranks; None for one.
+
+    Attributes:
+        module: as given. Kept out of nn.Module's registry, as stock keeps its lookups.
+        lookups: its grouped lookups, which hold the rows.
+        group: as given.
+        step_count: set by the module that has this tier; nothing to do here, where a kernel runs once in a step.
+    """
+
+    def __init__(self, module: Any, groups: Sequence[HotGroup], group: dist.ProcessGroup | None) -> None:
+        self.module = module
+        # Private in torchrec 1.8; the parity tests fail if it moves.
+        self.lookups: list[nn.Module] = list(module._lookups)
+        self.group = group
+        self.step_count: StepCount | None = None
+        self._lookups_in_order: list[Lookup] = [lookup for part in groups for lookup in part.lookups]
+        self._first_slot = {
+            name: first
+            for part in groups
+            for (name, _), first in zip(part.tables, accumulate((rows for _, rows in part.tables), initial=0), strict=False)
+        }
+
+    def input_dist(self, ids: TieredIds, *, promised_hot: bool) -> Awaitable[Awaitable[ShardedHotInput]]:
+        """Starts the check of the step's kind; on every rank at every step, also on one whose batch has no hot id.
+
+        Args:
+            ids: this rank's ids.
+            promised_hot: the kind of this rank's batch; the ranks must agree.
+
+        Returns:
+            First wait: the kinds, checked on every rank alike before any other collective of this tier starts, and the counts of the stock
+            input dist. Second wait: what the lookup takes.
+        """
+        kinds = check_kind(ids.misses, promised_hot=promised_hot, group=self.group)
+        return _CheckedInputAwaitable(kinds, self.module, self._features(ids), ids)
+
+    def forward(self, rows: ShardedHotInput, step: int) -> Awaitable[torch.Tensor]:
+        """Looks the hot rows up and starts the stock output dist.
+
+        Args:
+            rows: what `input_dist` gave.
+            step: what `StepCount.advance` gave for this forward.
+
+        Returns:
+            On waiting: a new contiguous tensor, as the replicated tier's.
+        """
+        output = self.module.compute_and_output_dist(rows.context, rows.features)
+        return _OutputAwaitable(self, output, rows.ids)
+
+    def tables(self) -> Iterator[LocalTable]:
+        """The hot rows that lie on this rank, and their optimizer state, as views."""
+        return local_tables(self.lookups)
+
+    def check_replicas(self) -> None:
+        """Nothing to check: a row is on one rank."""
+
+    def _features(self, ids: TieredIds) -> KeyedJaggedTensor:
+        """The hot ids as the stock collection takes them: slots of a table, feature by feature."""
+        raise NotImplementedError
+
+    def join(self, output: Any, ids: TieredIds) -> torch.Tensor:
+        """The stock collection's output as the tiers' join takes it."""
+        raise NotImplementedError
+
+
+class ShardedHotBags(ShardedHotTier):
+    """The sharded hot tier of an EmbeddingBagCollection. Arguments: `ShardedHotTier`, and the device of the ids."""
+
+    def __init__(self, module: Any, groups: Sequence[HotGroup], group: dist.ProcessGroup | None, device: torch.device) -> None:
+        super().__init__(module, groups, group)
+        lookups = {lookup.key: lookup for lookup in self._lookups_in_order}
+        # In stock's order of ranks, so that its input dist need not permute. Private in torchrec 1.8, and the keys of all that it gives.
+        self._keys: list[str] = list(module._embedding_names)
+        none = [key for key in lookups if key not in self._keys]
+        self._none_dim = sum(lookups[key].dim for key in none)
+        blocks = [*self._keys, *none]
+        self._permute = PermutePooledEmbeddings(
+            [lookups[key].dim for key in blocks], [blocks.index(lookup.key) for lookup in self._lookups_in_order], device
+        )
+        self._first = torch.tensor([self._first_slot[lookups[key].table] for key in self._keys], dtype=torch.int32, device=device)
+        self._groups = list(groups)
+        self._orders: dict[int, torch.Tensor] = {}
+
+    def _features(self, ids: TieredIds) -> KeyedJaggedTensor:
+        samples = (ids.hot[0].offsets.numel() - 1) // len(self._groups[0].lookups)
+        slots, lengths, weights = _joined(ids.hot)
+        lengths, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(self._order(samples), lengths, slots, weights, slots.numel())
+        counts = lengths.view(len(self._keys), samples).sum(1)
+        slots -= torch.repeat_interleave(self._first, counts, output_size=slots.numel())
+        return KeyedJaggedTensor(self._keys, slots, weights, lengths=lengths, stride=samples, length_per_key=counts.tolist())
+
+    def _order(self, samples: int) -> torch.Tensor:
+        """int32 [keys x samples]: where the bag of (key, sample) stands in the groups' bags; computed once for a batch size."""
+        if samples not in self._orders:
+            if len(self._orders) > 8:  # odd last batches
+                self._orders.clear()
+            bags, first = {}, 0
+            for part in self._groups:
+                width = len(part.lookups)
+                for number, lookup in enumerate(part.lookups):
+                    bags[lookup.key] = torch.arange(first + number, first + samples * width, width)
+                first += samples * width
+            self._orders[samples] = torch.cat([bags[key] for key in self._keys]).to(device=self._first.device, dtype=torch.int32)
+        return self._orders[samples]
+
+    def join(self, output: Any, ids: TieredIds) -> torch.Tensor:
+        """[samples, columns of all lookups]: stock's columns in the order of the lookups, zeros for those without hot rows."""
+        values = output.values()
+        if self._none_dim:
+            values = torch.nn.functional.pad(values, (0, self._none_dim))
+        joined: torch.Tensor = self._permute(values)
+        return joined
+
+
+class ShardedHotSequences(ShardedHotTier):
+    """The sharded hot tier of an EmbeddingCollection. Arguments: `ShardedHotTier`, and the device of the ids."""
+
+    def __init__(self, module: Any, groups: Sequence[HotGroup], group: dist.ProcessGroup | None, device: torch.device) -> None:
+        super().__init__(module, groups, group)
+        hot = [i for i, lookup in enumerate(self._lookups_in_order) if lookup.kind is not TableKind.COLD]
+        self._keys = [self._lookups_in_order[i].key for i in hot]
+        self._hot = torch.tensor(hot, device=device)
+        self._first = torch.tensor([self._first_slot[self._lookups_in_order[i].table] for i in hot], dtype=torch.int32, device=device)
+
+    def _features(self, ids: TieredIds) -> KeyedJaggedTensor:
+        """All hot ids of a lookup as one sample: stock gives a row for each, in their order."""
+        assert isinstance(ids, SequenceIds) and ids.lengths is not None
+        slots, lengths, _ = _joined(ids.hot)
+        ends = torch.ops.fbgemm.asynchronous_complete_cumsum(ids.lengths.sum(1))
+        counts = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths).index_select(0, ends).diff().index_select(0, self._hot)
+        slots -= torch.repeat_interleave(self._first, counts, output_size=slots.numel())
+        return KeyedJaggedTensor(self._keys, slots, lengths=counts, stride=1, length_per_key=counts.tolist())
+
+    def join(self, output: Any, ids: TieredIds) -> torch.Tensor:
+        """[ids, dim]: the rows of hot ids at their places, zeros at those of the cold ones."""
+        rows = torch.cat([output[key].values() for key in self._keys])
+        _, lengths, _ = _joined(ids.hot)
+        if rows.shape[0] == lengths.numel():
+            return rows
+        at = torch.nonzero_static(lengths, size=rows.shape[0]).squeeze(1)
+        return rows.new_zeros(lengths.numel(), rows.shape[1]).index_copy(0, at, rows)
+
+
+class _CheckedInputAwaitable(Awaitable[Awaitable[ShardedHotInput]]):
+    """Waits for the kinds of all ranks, then begins the stock input dist and waits for its counts."""
+
+    def __init__(self, kinds: Awaitable[list[list[int]]], module: Any, features: KeyedJaggedTensor, ids: TieredIds) -> None:
+        super().__init__()
+        self._kinds, self._module, self._features, self._ids = kinds, module, features, ids
+
+    def _wait_impl(self) -> Awaitable[ShardedHotInput]:
+        self._kinds.wait()
+        context = self._module.create_context()
+        return _InputAwaitable(context, self._module.input_dist(context, self._features).wait(), self._ids)
+
+
+class _InputAwaitable(Awaitable[ShardedHotInput]):
+    def __init__(self, context: Multistreamable, features: Awaitable[KJTList], ids: TieredIds) -> None:
+        super().__init__()
+        self._context, self._features, self._ids = context, features, ids
+
+    def _wait_impl(self) -> ShardedHotInput:
+        return ShardedHotInput(self._context, self._features.wait(), self._ids)
+
+
+class _OutputAwaitable(Awaitable[torch.Tensor]):
+    def __init__(self, tier: ShardedHotTier, output: LazyAwaitable[Any], ids: TieredIds) -> None:
+        super().__init__()
+        self._tier, self._output, self._ids = tier, output, ids
+
+    def _wait_impl(self) -> torch.Tensor:
+        return self._tier.join(self._output.wait(), self._ids)
+
+
+def _joined(parts: Sequence[HotBags]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Slots and lengths of all groups' bags as int32, half the bytes to send, and weights."""
+    weights = [part.weights for part in parts if part.weights is not None]
+    return (
+        torch.cat([part.slots for part in parts]).to(torch.int32),
+        torch.cat([part.offsets.diff() for part in parts]).to(torch.int32),
+        torch.cat(weights) if weights else None,
+    )
