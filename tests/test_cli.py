@@ -271,13 +271,8 @@ BAD: dict[str, tuple[str, Callable[[Path], list[str]], list[str]]] = {
     "target in a file": ("train", lambda folder: ["--save", str(folder / "run.yaml" / "x")], ["cannot be made in .*run.yaml"]),
     "more ranks than samples": ("train", lambda folder: ["--ranks", "204"], ["the test data hold 203 sample", "204 ranks"]),
 }
-FOUND_LATE = {
-    "id of test data",
-    "optimizer",
-    "hot tier",
-    "no checkpoint to load",
-    "more ranks than samples",
-}  # profile and placement are right, whole and reusable
+# Profile and placement are right, whole and reusable.
+FOUND_LATE = {"id of test data", "optimizer", "hot tier", "no checkpoint to load", "more ranks than samples"}
 
 
 @pytest.mark.parametrize("name", BAD)

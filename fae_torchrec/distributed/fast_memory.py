@@ -12,7 +12,7 @@ from torchrec.distributed.types import ParameterSharding
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSpec
-from fae_torchrec.modules.slot_index import new_slot_index
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, new_slot_index
 
 
 def fast_memory_bytes(
@@ -20,6 +20,7 @@ def fast_memory_bytes(
     collections: Sequence[Iterable[TableSpec]] | None = None,
     hot: Mapping[str, ParameterSharding] | None = None,
     rank: int = 0,
+    compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
 ) -> dict[str, int]:
     """Bytes of fast memory that the hot tier takes on one rank.
 
@@ -29,6 +30,7 @@ def fast_memory_bytes(
             optimizer). Default: the placement's own tables, as one collection.
         hot: sharding of the hot rows by table; none if they are replicated.
         rank: whose memory; replicated rows take the same on every rank.
+        compact_index_above_rows: see `new_slot_index`.
 
     Returns:
         By purpose: "hot rows" (weights and optimizer state) and "index" (from id to slot).
@@ -38,7 +40,7 @@ def fast_memory_bytes(
     hot_cold = [tables for tables in collections if any(placement.hot_rows(table.name) for table in tables)]
     return {
         "hot rows": sum(_hot_rows(placement, table, hot, rank) * table.row_bytes for tables in hot_cold for table in tables),
-        "index": sum(_index_bytes([table.rows for table in tables]) for tables in hot_cold),
+        "index": sum(_index_bytes([table.rows for table in tables], compact_index_above_rows) for tables in hot_cold),
     }
 
 
@@ -78,8 +80,8 @@ def _hot_rows(placement: RowPlacement, table: TableSpec, hot: Mapping[str, Param
     return shard_rows(hot[table.name], rank)
 
 
-def _index_bytes(rows: Sequence[int]) -> int:
+def _index_bytes(rows: Sequence[int], compact_above_rows: int) -> int:
     """Asks the index itself, made on the meta device: its size depends on the rows alone."""
     no_ids = torch.empty(0, dtype=torch.int64)
-    size: int = new_slot_index(rows, [no_ids] * len(rows), torch.device("meta")).index_bytes
-    return size
+    index = new_slot_index(rows, [no_ids] * len(rows), torch.device("meta"), compact_above_rows=compact_above_rows)
+    return index.index_bytes

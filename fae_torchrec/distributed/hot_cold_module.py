@@ -105,6 +105,11 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
     def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> TierSplit:
         raise NotImplementedError
 
+    def _split_args(self, groups: list[HotGroup], mode: BoundsCheckMode) -> tuple[Any, ...]:
+        """Arguments of a TierSplit."""
+        compact_above = self.module_sharding_plan.compact_index_above_rows
+        return groups, list(self._configs.values()), self.placement, self._device, mode, compact_above
+
     def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding
 
 from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS
 
 
 class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
@@ -21,16 +22,19 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         placement: where the rows of this module's tables live; it may know tables of other modules.
         hot_tier: "replicated", "table_wise" or "row_wise".
         hot: sharding of the hot rows [hot rows, dim] by table, for hot and split tables; nothing if they are replicated.
+        compact_index_above_rows: see `new_slot_index`.
 
     Attributes:
         placement: as given.
         hot_tier: as given.
         hot: as given.
+        compact_index_above_rows: as given.
     """
 
     placement: RowPlacement
     hot_tier: str
     hot: EmbeddingModuleShardingPlan
+    compact_index_above_rows: int
 
     def __init__(
         self,
@@ -38,9 +42,11 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         placement: RowPlacement,
         hot_tier: str = "replicated",
         hot: Mapping[str, ParameterSharding] | None = None,
+        compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
     ) -> None:
         super().__init__(homes)
         self.placement, self.hot_tier, self.hot = placement, hot_tier, EmbeddingModuleShardingPlan(hot or {})
+        self.compact_index_above_rows = compact_index_above_rows
 
     def __bool__(self) -> bool:
         """Always true, as long as DistributedModelParallel takes a false plan for none."""

@@ -32,6 +32,7 @@ from fae_torchrec.distributed.refusals import (
 )
 from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, FAEEmbeddingCollectionSharder, get_fae_sharders
 from fae_torchrec.modules.model_tables import COLLECTIONS, sharded_modules, table_configs, table_specs
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS
 
 # Arguments of the stock planner that know the cold tier's tables and have no say over sharded hot rows.
 _COLD_ONLY = ("enumerator", "plan_loader", "callbacks")
@@ -62,6 +63,8 @@ class FAEShardingPlanner(ShardingPlanner):
         hot_tier: "replicated" (every rank holds every hot row), "table_wise" or, on CUDA, "row_wise" (the stock planner spreads the hot
             rows over the ranks, for hot sets larger than one device).
         stock_tables: names of tables left to stock sharding; the placement does not know them.
+        compact_index_above_rows: rows of a collection above which its index from id to slot is a bitmap (1.5 bits a row) instead of a plain
+            array (4 bytes a row, faster).
         **stock: further arguments of EmbeddingShardingPlanner (`storage_reservation`, `proposer`, `partitioner`, `stats`, ...).
 
     Raises:
@@ -77,12 +80,14 @@ class FAEShardingPlanner(ShardingPlanner):
         cold_tier: str = "auto",
         hot_tier: str = "replicated",
         stock_tables: Iterable[str] = (),
+        compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
         **stock: Any,
     ) -> None:
         self._placement = placement
         self._topology = topology or _default_topology()
         self._hot_tier = hot_tier
         self._stock_tables = tuple(stock_tables)
+        self._compact_above = compact_index_above_rows
         self._stock = {"batch_size": batch_size, **stock}
         self._cold_options = cold_options(cold_tier, self._topology.compute_device)
         self._hot_options = hot_options(hot_tier, self._topology.compute_device)
@@ -150,7 +155,7 @@ class FAEShardingPlanner(ShardingPlanner):
         replicated = self._hot_tier == "replicated"
         hot = ShardingPlan({}) if replicated else self._plan_hot_rows(module, sharders, placed)
         rows = _by_table(hot, collections)
-        topology = left_of(self._topology, lambda rank: fast_memory_bytes(self._placement, placed, rows, rank))
+        topology = left_of(self._topology, lambda rank: fast_memory_bytes(self._placement, placed, rows, rank, self._compact_above))
         view = hot_plan.cold_tables(self._placement)
         shown = [hot_plan.showing(sharder, view) if _is_ours(sharder) else sharder for sharder in sharders]
         planner = EmbeddingShardingPlanner(topology=topology, constraints=self._cold_constraints, **self._stock)
@@ -159,7 +164,7 @@ class FAEShardingPlanner(ShardingPlanner):
     def _plan_hot_rows(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], placed: list[tuple[TableSpec, ...]]
     ) -> ShardingPlan:
-        index = {"index": fast_memory_bytes(self._placement, placed)["index"]}
+        index = {"index": fast_memory_bytes(self._placement, placed, compact_index_above_rows=self._compact_above)["index"]}
         view = hot_plan.hot_rows(self._placement)
         shown = [hot_plan.showing(sharder, view if _is_ours(sharder) else hot_plan.nothing) for sharder in sharders]
         stock = {name: value for name, value in self._stock.items() if name not in _COLD_ONLY}
@@ -184,6 +189,7 @@ class FAEShardingPlanner(ShardingPlanner):
                     self._placement,
                     self._hot_tier,
                     {table.name: hot_rows[table.name] for table in collection.placed if table.name in hot_rows},
+                    self._compact_above,
                 )
         return ShardingPlan(plan)
 

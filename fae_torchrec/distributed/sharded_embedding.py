@@ -37,7 +37,7 @@ class ShardedFAEEmbeddingCollection(ShardedHotColdModule):
         self.stock_names = stock_names(list(self._configs.values()))
 
     def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> SequenceSplit:
-        return SequenceSplit(groups, list(self._configs.values()), self.placement, self._device, mode)
+        return SequenceSplit(*self._split_args(groups, mode))
 
     def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
         module: nn.Module = ShardedEmbeddingCollection(

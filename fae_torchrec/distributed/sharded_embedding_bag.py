@@ -37,7 +37,7 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
         self.stock_names = stock_names(list(self._configs.values()))
 
     def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> BagSplit:
-        return BagSplit(groups, list(self._configs.values()), self.placement, self._device, mode)
+        return BagSplit(*self._split_args(groups, mode))
 
     def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
         module: nn.Module = ShardedEmbeddingBagCollection(
@@ -75,7 +75,8 @@ class _BagsAwaitable(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTen
         if self._left is None:
             return joined
         left = self._left.wait()
-        names = [module.stock_names[key] for key in left.keys()]
+        keys: list[str] = left.keys()
+        names = [module.stock_names[key] for key in keys]
         return KeyedTensor(
             keys=[*joined.keys(), *names],
             length_per_key=[*joined.length_per_key(), *left.length_per_key()],

@@ -86,7 +86,13 @@ class ShardedHotTier:
             input dist. Second wait: what the lookup takes.
         """
         kinds = check_kind(ids.misses, promised_hot=promised_hot, group=self.group)
-        return _CheckedInputAwaitable(kinds, self.module, self._features(ids), ids)
+        return _CheckedInputAwaitable(kinds, self, ids)
+
+    @torch.no_grad()
+    def stock_input_dist(self, ids: TieredIds) -> tuple[Multistreamable, Awaitable[KJTList]]:
+        """Begins the stock input dist and waits for its counts: the stock context and what to wait for."""
+        context = self.module.create_context()
+        return context, self.module.input_dist(context, self._features(ids)).wait()
 
     def forward(self, rows: ShardedHotInput, step: int) -> Awaitable[torch.Tensor]:
         """Looks the hot rows up and starts the stock output dist.
@@ -196,16 +202,15 @@ class ShardedHotSequences(ShardedHotTier):
 
 
 class _CheckedInputAwaitable(Awaitable[Awaitable[ShardedHotInput]]):
-    """Waits for the kinds of all ranks, then begins the stock input dist and waits for its counts."""
+    """Waits for the kinds of all ranks, then begins the stock input dist, which takes no cold id, and waits for its counts."""
 
-    def __init__(self, kinds: Awaitable[list[list[int]]], module: Any, features: KeyedJaggedTensor, ids: TieredIds) -> None:
+    def __init__(self, kinds: Awaitable[list[list[int]]], tier: ShardedHotTier, ids: TieredIds) -> None:
         super().__init__()
-        self._kinds, self._module, self._features, self._ids = kinds, module, features, ids
+        self._kinds, self._tier, self._ids = kinds, tier, ids
 
     def _wait_impl(self) -> Awaitable[ShardedHotInput]:
         self._kinds.wait()
-        context = self._module.create_context()
-        return _InputAwaitable(context, self._module.input_dist(context, self._features).wait(), self._ids)
+        return _InputAwaitable(*self._tier.stock_input_dist(self._ids), self._ids)
 
 
 class _InputAwaitable(Awaitable[ShardedHotInput]):

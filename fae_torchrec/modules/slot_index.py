@@ -10,6 +10,9 @@ from torch import nn
 
 from fae_torchrec.core.errors import ConfigError, DataError
 
+COMPACT_ABOVE_ROWS = 64_000_000
+"""Rows of a collection above which the index is a bitmap by default: 256 MB as a plain array, 12 MB as a bitmap."""
+
 _SLOT_LIMIT = 2**31  # slots are int32
 _WORD = 64  # rows a word of the bitmap
 _BUILD_IDS = 1 << 20  # hot ids handled at a time while an index is built, which bounds what building takes beside the index
@@ -107,7 +110,7 @@ class BitmapSlotIndex(_SlotIndex):
 
 
 def new_slot_index(
-    rows: Sequence[int], hot_ids: Sequence[torch.Tensor], device: torch.device, *, compact_above_rows: int = 64_000_000
+    rows: Sequence[int], hot_ids: Sequence[torch.Tensor], device: torch.device, *, compact_above_rows: int = COMPACT_ABOVE_ROWS
 ) -> DenseSlotIndex | BitmapSlotIndex:
     """The dense index of a small row space, the bitmap of a large one.
 

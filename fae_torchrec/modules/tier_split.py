@@ -17,7 +17,7 @@ from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind
 from fae_torchrec.modules.lookups import HotGroup, Lookup, TableConfig
-from fae_torchrec.modules.slot_index import DenseSlotIndex, new_slot_index
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, DenseSlotIndex, new_slot_index
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TierSplit(nn.Module):
         placement: RowPlacement,
         device: torch.device,
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
-        compact_above_rows: int | None = None,
+        compact_above_rows: int = COMPACT_ABOVE_ROWS,
     ) -> None:
         super().__init__()
         self.groups = list(groups)
@@ -103,9 +103,8 @@ class TierSplit(nn.Module):
         # Hot tables group by group, so that slots of a group are consecutive; all-cold tables last.
         tables = [name for group in groups for name, _ in group.tables]
         tables += [name for name in rows if name not in tables]
-        limit = {} if compact_above_rows is None else {"compact_above_rows": compact_above_rows}
         hot_ids = [torch.as_tensor(placement.hot_ids[name]) for name in tables]
-        self.index = new_slot_index([rows[name] for name in tables], hot_ids, device, **limit)
+        self.index = new_slot_index([rows[name] for name in tables], hot_ids, device, compact_above_rows=compact_above_rows)
         first_row = dict(zip(tables, torch.tensor([0, *(rows[name] for name in tables)]).cumsum(0).tolist(), strict=False))
         self.first_slots = torch.tensor([0, *(group.num_slots for group in groups)]).cumsum(0).tolist()[:-1]
         self._bounds_check_mode = bounds_check_mode

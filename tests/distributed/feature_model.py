@@ -165,7 +165,7 @@ def shard(feature: Feature, ours: bool) -> DistributedModelParallel:
     model, world = new_model(feature), dist.get_world_size()
     dense = model.over.state_dict(prefix="over.")
     topology = Topology(world_size=world, local_world_size=world, compute_device="cpu")
-    registry = get_qcomm_codecs_registry(feature.qcomms, device=CPU) if feature.qcomms else None
+    registry = get_qcomm_codecs_registry(feature.qcomms, device=torch.device("cuda")) if feature.qcomms else None
     fused_params = dict(feature.fused_params) if feature.fused_params else None
     if ours:
         sharders = [FAEEmbeddingBagCollectionSharder(fused_params, registry)]
@@ -177,10 +177,13 @@ def shard(feature: Feature, ours: bool) -> DistributedModelParallel:
         names = [config.name for config in (*feature.tables, *feature.more)]
         constraints = {name: ParameterConstraints(sharding_types=["table_wise"]) for name in names} | dict(feature.constraints)
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=16, constraints=constraints)
-    sharded = DistributedModelParallel(model, device=CPU, plan=planner.collective_plan(model, sharders, dist.group.WORLD), sharders=sharders)
+    sharded = DistributedModelParallel(
+        model, device=CPU, plan=planner.collective_plan(model, sharders, dist.group.WORLD), sharders=sharders
+    )
     generator = torch.Generator().manual_seed(5)
     weights = {
-        f"{collection}.embedding_bags.{config.name}.weight": torch.rand(config.num_embeddings, config.embedding_dim, generator=generator) - 0.5
+        f"{collection}.embedding_bags.{config.name}.weight": torch.rand(config.num_embeddings, config.embedding_dim, generator=generator)
+        - 0.5
         for collection, tables in (("ebc", feature.tables), ("second", feature.more))
         for config in tables
     }
@@ -202,7 +205,9 @@ def batches_of(feature: Feature, rank: int, ours: bool) -> list[Batch]:
         within = feature.allowed(placement, rank) if feature.allowed else None
         if is_hot:
             within = _hot_within(placement, within)
-        batch = new_batch(Case(weighted=feature.weighted), step, 0 if feature.one_seed else rank, feature.sizes[step % len(feature.sizes)], within)
+        batch = new_batch(
+            Case(weighted=feature.weighted), step, 0 if feature.one_seed else rank, feature.sizes[step % len(feature.sizes)], within
+        )
         batch = feature.change_batch(Batch(batch.dense_features * (rank + 1), batch.sparse_features, batch.labels), step, ours)
         batches.append(promised(batch) if ours and is_hot else batch)
     return batches

@@ -28,9 +28,9 @@ from tests.distributed.small_model import LEARNING_RATE, OPTIMIZERS, Case
 
 DIM = 4
 LONGEST = 3  # ids of a feature in `small_model.new_batch`
-ROWS = {"tiny": 6, "big": 200, "wide": 90, "frozen": 50, "other": 120, "pooled": 200}
+ROWS = {"big": 200, "tiny": 6, "wide": 90, "frozen": 50, "other": 120, "pooled": 200}
 FEATURES = {"tiny": ["a"], "big": ["b", "c"], "wide": ["c"], "frozen": ["d"], "other": ["e"], "pooled": ["b"]}
-NAMES = ["a", "b", "c@big", "c@wide", "d", "e"]  # stock's, of the sequences, in the order of the tables
+NAMES = ["b", "c@big", "a", "c@wide", "d", "e"]  # stock's, of the sequences, in the order of the tables
 HOT = {"tiny": 6, "big": 60, "wide": 30, "frozen": 0, "other": 25, "pooled": 120}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -12,6 +13,7 @@ from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from tests.distributed.small_model import Case, new_batch, optimizer_state, placement_of, shard, train, whole_tensors
 
 CASE = Case(optimizer="adagrad")
+TIERS = ["replicated", "table_wise"]
 LEARNING_RATES = [0.3, 0.0, 0.05, 0.05, 0.01]
 
 
@@ -26,13 +28,18 @@ def _by_groups(model: DistributedModelParallel, rank: int) -> Any:
     return weights
 
 
-def _see(rank: int) -> dict[str, Any]:
-    stock, ours = shard(CASE, None), shard(CASE, placement_of(CASE))
-    seen: dict[str, Any] = {"groups": [len(model.fused_optimizer.param_groups) for model in (stock, ours)]}
-    seen["weights"] = [_by_groups(model, rank) for model in (stock, ours)]
-    seen["state"] = [optimizer_state(model) for model in (stock, ours)]
-    hot = ours.module.ebc._hot_lookups
-    seen["hot rows"] = [weight.clone() for lookup in hot for kernel in lookup._emb_modules for weight in kernel.split_embedding_weights()]
+def _see(rank: int) -> dict[str, dict[str, Any]]:
+    stock = shard(CASE, None)
+    of_stock = len(stock.fused_optimizer.param_groups), _by_groups(stock, rank), optimizer_state(stock)
+    return {tier: _compare(rank, shard(CASE, placement_of(CASE), hot_tier=tier), of_stock) for tier in TIERS}
+
+
+def _compare(rank: int, ours: DistributedModelParallel, of_stock: tuple[int, Any, Any]) -> dict[str, Any]:
+    groups, weights, state = of_stock
+    seen: dict[str, Any] = {"groups": [groups, len(ours.fused_optimizer.param_groups)]}
+    seen["weights"] = [weights, _by_groups(ours, rank)]
+    seen["state"] = [state, optimizer_state(ours)]
+    seen["hot rows"] = [table.weights.clone() for table in ours.module.ebc._hot.tables()]
     seen["keys"] = sorted(ours.fused_optimizer.params)
 
     # Stepping before or after backward makes no difference to the rate, and closures of torch are not asked for.
@@ -52,38 +59,44 @@ def _see(rank: int) -> dict[str, Any]:
 
 
 @cache
-def _seen() -> list[dict[str, Any]]:
+def _of_ranks() -> list[dict[str, dict[str, Any]]]:
     return run_on_local_ranks(_see, 2, timeout_s=120)
 
 
-def test_learning_rates_reach_both_tiers_on_every_rank() -> None:
-    for seen in _seen():
-        stock, ours = seen["weights"]
+@pytest.fixture(params=TIERS)
+def seen(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What the ranks saw with one hot tier."""
+    return [of_rank[request.param] for of_rank in _of_ranks()]
+
+
+def test_learning_rates_reach_both_tiers_on_every_rank(seen: list[dict[str, Any]]) -> None:
+    for here in seen:
+        stock, ours = here["weights"]
         torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(*seen["state"], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(*here["state"], rtol=1e-5, atol=1e-9)
         for key in ours[0]:
             assert torch.equal(ours[0][key], ours[1][key]), f"{key}: a rate of 0"
             assert not torch.equal(ours[1][key], ours[2][key]), f"{key}: the control, another rate"
 
 
-def test_every_rank_has_a_group_of_the_hot_tier() -> None:
-    for seen in _seen():
-        stock, ours = seen["groups"]
+def test_every_rank_has_a_group_of_a_replicated_hot_tier() -> None:
+    for of_rank in _of_ranks():
+        stock, ours = of_rank["replicated"]["groups"]
         assert ours >= stock
         assert ours >= 2, "one per kernel of the hot tier, two dims"
 
 
 def test_replicas_agree_after_every_change() -> None:
-    first, second = (seen["hot rows"] for seen in _seen())
+    first, second = (of_rank["replicated"]["hot rows"] for of_rank in _of_ranks())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_step_and_update_hyper_parameters_reach_the_kernels() -> None:
-    for seen in _seen():
-        assert seen["moved by step"] == []
-        assert set(seen["rates of the kernels"]) == {0.125}
+def test_step_and_update_hyper_parameters_reach_the_kernels(seen: list[dict[str, Any]]) -> None:
+    for here in seen:
+        assert here["moved by step"] == []
+        assert set(here["rates of the kernels"]) == {0.125}
 
 
-def test_split_tables_are_shown_once() -> None:
-    keys = {key for seen in _seen() for key in seen["keys"]}
-    assert keys == {f"ebc.embedding_bags.{table}.weight" for table in ("tiny", "big", "wide", "frozen", "other")}
+def test_split_tables_are_shown_once(seen: list[dict[str, Any]]) -> None:
+    keys = sorted(key for here in seen for key in here["keys"])
+    assert keys == sorted(f"ebc.embedding_bags.{table}.weight" for table in ("tiny", "big", "wide", "frozen", "other"))

@@ -1,4 +1,4 @@
-"""Placement alone gives the stock result over fifty raw batches, losses too, and replicas stay bit-identical; test_parity_grid has the rest."""
+"""Placement alone gives the stock result over fifty raw batches, losses too; replicas stay bit-identical. The grid has the rest."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.modules.lookups import hot_groups
-from fae_torchrec.modules.slot_index import BitmapSlotIndex, DenseSlotIndex
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, BitmapSlotIndex, DenseSlotIndex
 from fae_torchrec.modules.tier_split import BagSplit, TieredIds
 from tests.modules.small_tables import ALL_COLD, ALL_HOT, FEATURES, HOT, KEYS, ROWS, batch, configs, placement_of
 
@@ -32,7 +32,10 @@ class Part(NamedTuple):
 
 
 def new_split(
-    tables: list[EmbeddingBagConfig], placement: RowPlacement, mode: BoundsCheckMode = BoundsCheckMode.IGNORE, compact: int | None = None
+    tables: list[EmbeddingBagConfig],
+    placement: RowPlacement,
+    mode: BoundsCheckMode = BoundsCheckMode.IGNORE,
+    compact: int = COMPACT_ABOVE_ROWS,
 ) -> BagSplit:
     return BagSplit(hot_groups(tables, placement), tables, placement, CPU, mode, compact)
 
@@ -57,8 +60,8 @@ def reference(
                 for part in parts.values():
                     part.ids.append([])
                     part.weights.append([])
-                for given, weight in zip(bag, bag_weights, strict=True):
-                    i = given if 0 <= given < ROWS[table] else 0
+                for raw, weight in zip(bag, bag_weights, strict=True):
+                    i = raw if 0 <= raw < ROWS[table] else 0
                     parts[i in slot_of].ids[-1].append(first_slot[table] + slot_of[i] if i in slot_of else i)
                     parts[i in slot_of].weights[-1].append(weight)
             hot[f"{feature}@{table}"], cold[f"{feature}@{table}"] = parts[True], parts[False]
@@ -118,10 +121,10 @@ def batches(draw: st.DrawFn) -> Bags:
     weighted=st.booleans(),
     dtype=st.sampled_from([torch.int64, torch.int32]),
     keys=st.permutations([*KEYS, "unused"]),
-    compact=st.sampled_from([None, 0]),
+    compact=st.sampled_from([COMPACT_ABOVE_ROWS, 0]),
 )
 def test_every_id_goes_to_its_tier_once(
-    bags: Bags, hot: Mapping[str, list[int]], weighted: bool, dtype: torch.dtype, keys: list[str], compact: int | None
+    bags: Bags, hot: Mapping[str, list[int]], weighted: bool, dtype: torch.dtype, keys: list[str], compact: int
 ) -> None:
     bags = {**bags, "unused": [[1] for _ in bags["a"]]}
     samples = len(bags["a"])
@@ -134,7 +137,7 @@ def test_every_id_goes_to_its_tier_once(
     kjt = batch(bags, keys=keys, dtype=dtype, weights=flat if weighted else None)
     given_ids = kjt.values().clone()
     split = new_split(tables, placement, compact=compact)
-    assert isinstance(split.index, DenseSlotIndex if compact is None else BitmapSlotIndex)
+    assert isinstance(split.index, DenseSlotIndex if compact else BitmapSlotIndex)
     ids = split(kjt)
     expected_hot, expected_cold = reference(bags, weights, placement, split)
     assert hot_parts(split, ids, samples) == expected_hot
