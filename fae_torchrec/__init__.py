@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from fae_torchrec.data.dataloader import HotColdDataLoader
     from fae_torchrec.distributed.planner import FAEShardingPlanner
     from fae_torchrec.distributed.sharder import get_fae_sharders
+    from fae_torchrec.modules.embedding import FAEEmbeddingCollection
     from fae_torchrec.modules.embedding_bag import FAEEmbeddingBagCollection
     from fae_torchrec.modules.model_tables import model_tables
+    from fae_torchrec.training.checkpoint import load_checkpoint, save_checkpoint
     from fae_torchrec.training.train_pipeline import FAETrainPipeline
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ GIB = 1024 * MIB
 _HOMES = {
     "Calibrator": "fae_torchrec.data.calibrator",
     "FAEEmbeddingBagCollection": "fae_torchrec.modules.embedding_bag",
+    "FAEEmbeddingCollection": "fae_torchrec.modules.embedding",
     "FAEError": "fae_torchrec.core.errors",
     "FAEShardingPlanner": "fae_torchrec.distributed.planner",
     "FAETrainPipeline": "fae_torchrec.training.train_pipeline",
@@ -43,7 +46,9 @@ _HOMES = {
     "TableSet": "fae_torchrec.core.tables",
     "TableSpec": "fae_torchrec.core.tables",
     "get_fae_sharders": "fae_torchrec.distributed.sharder",
+    "load_checkpoint": "fae_torchrec.training.checkpoint",
     "model_tables": "fae_torchrec.modules.model_tables",
+    "save_checkpoint": "fae_torchrec.training.checkpoint",
     "select_hot_set": "fae_torchrec.core.hot_set",
 }
 """Which module each public name comes from."""
@@ -54,6 +59,7 @@ __all__ = [
     "MIB",
     "Calibrator",
     "FAEEmbeddingBagCollection",
+    "FAEEmbeddingCollection",
     "FAEError",
     "FAEShardingPlanner",
     "FAETrainPipeline",
@@ -66,7 +72,9 @@ __all__ = [
     "TableSpec",
     "__version__",
     "get_fae_sharders",
+    "load_checkpoint",
     "model_tables",
+    "save_checkpoint",
     "select_hot_set",
 ]
 

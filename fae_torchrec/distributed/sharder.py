@@ -9,10 +9,11 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
+from fae_torchrec.distributed.sharded_embedding import ShardedFAEEmbeddingCollection
 from fae_torchrec.distributed.sharded_embedding_bag import ShardedFAEEmbeddingBagCollection
 
 
@@ -56,20 +57,24 @@ class FAEEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         if not isinstance(params, FAEModuleShardingPlan):
             stock: nn.Module = super().shard(module, params, env, device, module_fqn)
             return stock
-        from fae_torchrec.distributed.sharded_embedding import ShardedFAEEmbeddingCollection
-
         return ShardedFAEEmbeddingCollection(module, params, env, self.fused_params, device, self.qcomm_codecs_registry, module_fqn)
 
 
-def get_fae_sharders(fused_params: dict[str, Any] | None = None) -> list[ModuleSharder[nn.Module]]:
+def get_fae_sharders(
+    fused_params: dict[str, Any] | None = None, qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None
+) -> list[ModuleSharder[nn.Module]]:
     """TorchRec's default sharders, with ours for EmbeddingBagCollection and EmbeddingCollection.
 
     Args:
         fused_params: passed to our sharders, for example `{"learning_rate": 0.1, "optimizer": EmbOptimType.EXACT_SGD}` where the model
             does not use `apply_optimizer_in_backward`.
+        qcomm_codecs_registry: TorchRec's quantized communication (`get_qcomm_codecs_registry`), passed to our sharders; both tiers take it.
     """
     ours = {
         sharder.module_type: sharder
-        for sharder in (FAEEmbeddingBagCollectionSharder(fused_params), FAEEmbeddingCollectionSharder(fused_params))
+        for sharder in (
+            FAEEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
+            FAEEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
+        )
     }
     return [ours.get(sharder.module_type, sharder) for sharder in get_default_sharders()]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from fae_torchrec.core.tables import TableKind
 from fae_torchrec.modules.lookups import Lookup
 from fae_torchrec.modules.pooling import add_units
 from fae_torchrec.modules.tier_split import TieredIds, TierSplit
@@ -38,13 +36,6 @@ class SequenceIds(TieredIds):
 
 class SequenceSplit(TierSplit):
     """The split of an unpooled collection. Arguments: `TierSplit`."""
-
-    cold_rows: torch.Tensor
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        cold = [i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT]
-        self.register_buffer("cold_rows", torch.tensor(cold, dtype=torch.int64, device=self.row_base.device), persistent=False)
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> SequenceIds:
         """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.

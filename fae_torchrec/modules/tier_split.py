@@ -85,6 +85,7 @@ class TierSplit(nn.Module):
 
     row_base: torch.Tensor
     rows: torch.Tensor
+    cold_rows: torch.Tensor
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class TierSplit(nn.Module):
         buffers = {
             "row_base": torch.tensor([first_row[lookup.table] for lookup in self.lookups]),
             "rows": torch.tensor([rows[lookup.table] for lookup in self.lookups]),
+            "cold_rows": torch.tensor([i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT], dtype=torch.int64),
             "out_of_bounds": torch.zeros(1, dtype=torch.int64),
         }
         for name, value in buffers.items():
@@ -201,13 +203,9 @@ class BagSplit(TierSplit):
     exchanges as many bags as the lookup with the most, instead of one per sample.
     """
 
-    cold_rows: torch.Tensor
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._any_mean = any(lookup.mean for lookup in self.lookups)
-        cold = [i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT]
-        self.register_buffer("cold_rows", torch.tensor(cold, dtype=torch.int64, device=self.row_base.device), persistent=False)
         self._orders: dict[int, torch.Tensor] = {}
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> TieredIds:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -100,7 +101,8 @@ class Trained(NamedTuple):
         weights: by stock key, whole, as float32.
         optimizer: fused state by "<parameter>/<state>", whole.
         dtypes: of this rank's state dict, by key.
-        replica: this rank's hot rows, weights and optimizer state by "<table>/<name>"; none for stock.
+        shards: sizes of all shards, by key of the sharded part of the state dict.
+        hot_rows: those that lie on this rank, weights and optimizer state by "<table>/<name>"; none for stock.
         kinds: names of the sharded modules' classes.
         calls: collectives by step.
         sent_bytes: by step.
@@ -112,7 +114,8 @@ class Trained(NamedTuple):
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     dtypes: dict[str, torch.dtype]
-    replica: dict[str, torch.Tensor]
+    shards: dict[str, list[list[int]]]
+    hot_rows: dict[str, torch.Tensor]
     kinds: list[str]
     calls: list[dict[str, int]]
     sent_bytes: list[float]
@@ -160,17 +163,18 @@ def placement_of(feature: Feature) -> RowPlacement:
     return RowPlacement(tables=tables, hot_ids=hot_ids, hot_set_fingerprint="by hand", budget_bytes=0, hot_inputs=0.0, coverage=0.0)
 
 
-def shard(feature: Feature, ours: bool) -> DistributedModelParallel:
-    """A new model, sharded by the stock planner or by ours, with the same start weights every time."""
+def shard(feature: Feature, hot_tier: str | None) -> DistributedModelParallel:
+    """A new model, sharded by the stock planner or, with a hot tier, by ours, with the same start weights every time."""
     model, world = new_model(feature), dist.get_world_size()
     dense = model.over.state_dict(prefix="over.")
     topology = Topology(world_size=world, local_world_size=world, compute_device="cpu")
+    # "cuda", or TorchRec would turn bf16 into fp16; gloo sends both.
     registry = get_qcomm_codecs_registry(feature.qcomms, device=torch.device("cuda")) if feature.qcomms else None
     fused_params = dict(feature.fused_params) if feature.fused_params else None
-    if ours:
+    if hot_tier:
         sharders = [FAEEmbeddingBagCollectionSharder(fused_params, registry)]
         planner: Any = FAEShardingPlanner(
-            placement_of(feature), topology=topology, batch_size=16, constraints=feature.constraints, stock_tables=feature.left
+            placement_of(feature), topology, 16, feature.constraints, hot_tier=hot_tier, stock_tables=feature.left
         )
     else:
         sharders = [EmbeddingBagCollectionSharder(fused_params, registry)]
@@ -187,13 +191,8 @@ def shard(feature: Feature, ours: bool) -> DistributedModelParallel:
         for collection, tables in (("ebc", feature.tables), ("second", feature.more))
         for config in tables
     }
-    dtypes = {config.name: config.data_type for config in (*feature.tables, *feature.more)}
-    sharded.load_state_dict({**dense, **{key: value.to(_torch_dtype(dtypes[key.split(".")[2]])) for key, value in weights.items()}})
+    sharded.load_state_dict({**dense, **weights})
     return sharded
-
-
-def _torch_dtype(data_type: Any) -> torch.dtype:
-    return {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}[data_type.name]
 
 
 def batches_of(feature: Feature, rank: int, ours: bool) -> list[Batch]:
@@ -220,9 +219,9 @@ def _hot_within(placement: RowPlacement, within: RowPlacement | None) -> RowPlac
     return replace(placement, hot_ids=hot_ids)
 
 
-def train(feature: Feature, rank: int, ours: bool) -> Trained:
-    """Builds, trains and reads one model. Collective."""
-    model, batches = shard(feature, ours), batches_of(feature, rank, ours)
+def train(feature: Feature, rank: int, hot_tier: str | None) -> Trained:
+    """Builds, trains and reads one model, stock's without a hot tier. Collective."""
+    model, batches = shard(feature, hot_tier), batches_of(feature, rank, ours=hot_tier is not None)
     before = feature.before(model, batches) if feature.before else None
     dense = torch.optim.SGD(model.module.over.parameters(), lr=LEARNING_RATE)
     fused: Any = feature.wrap(model.fused_optimizer) if feature.wrap else model.fused_optimizer
@@ -252,7 +251,12 @@ def train(feature: Feature, rank: int, ours: bool) -> Trained:
         weights=whole_tensors(state),
         optimizer=optimizer_state(model),
         dtypes={key: value.dtype for key, value in state.items()},
-        replica=rows,
+        shards={
+            key: [shard.shard_sizes for shard in value.metadata().shards_metadata]
+            for key, value in state.items()
+            if isinstance(value, ShardedTensor)
+        },
+        hot_rows=rows,
         kinds=[type(module).__name__ for module in modules],
         calls=calls,
         sent_bytes=sent,
