@@ -108,7 +108,8 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
     def _split_args(self, groups: list[HotGroup], mode: BoundsCheckMode) -> tuple[Any, ...]:
         """Arguments of a TierSplit."""
         compact_above = self.module_sharding_plan.compact_index_above_rows
-        return groups, list(self._configs.values()), self.placement, self._device, mode, compact_above
+        by_group = self.module_sharding_plan.hot_tier == "replicated"
+        return groups, list(self._configs.values()), self.placement, self._device, mode, compact_above, by_group
 
     def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
         raise NotImplementedError

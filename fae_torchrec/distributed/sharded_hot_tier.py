@@ -21,8 +21,7 @@ from fae_torchrec.distributed.homes import LocalTable, local_tables
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.touched_rows import check_kind
 from fae_torchrec.modules.lookups import HotGroup, Lookup
-from fae_torchrec.modules.sequence_split import SequenceIds
-from fae_torchrec.modules.tier_split import HotBags, TieredIds
+from fae_torchrec.modules.tier_split import TieredIds
 
 
 @dataclass
@@ -51,7 +50,7 @@ class ShardedHotTier:
 
     Args:
         module: the stock sharded collection of the hot rows: a table of so many rows for each table that has any, features keyed by lookup.
-        groups: the groups of `TierSplit`, whose slots come in.
+        groups: the groups of the TierSplit whose ids come in, not `by_group`.
         group: the ranks; None for one.
 
     Attributes:
@@ -67,12 +66,10 @@ class ShardedHotTier:
         self.lookups: list[nn.Module] = list(module._lookups)
         self.group = group
         self.step_count: StepCount | None = None
-        self._lookups_in_order: list[Lookup] = [lookup for part in groups for lookup in part.lookups]
-        self._first_slot = {
-            name: first
-            for part in groups
-            for (name, _), first in zip(part.tables, accumulate((rows for _, rows in part.tables), initial=0), strict=False)
-        }
+        self._in_order: list[Lookup] = [lookup for part in groups for lookup in part.lookups]
+        tables = [table for part in groups for table in part.tables]
+        firsts = accumulate((rows for _, rows in tables), initial=0)
+        self._first_slot = {name: first for (name, _), first in zip(tables, firsts, strict=False)}
 
     def input_dist(self, ids: TieredIds, *, promised_hot: bool) -> Awaitable[Awaitable[ShardedHotInput]]:
         """Starts the check of the step's kind; on every rank at every step, also on one whose batch has no hot id.
@@ -128,40 +125,29 @@ class ShardedHotBags(ShardedHotTier):
 
     def __init__(self, module: Any, groups: Sequence[HotGroup], group: dist.ProcessGroup | None, device: torch.device) -> None:
         super().__init__(module, groups, group)
-        lookups = {lookup.key: lookup for lookup in self._lookups_in_order}
+        at = {lookup.key: i for i, lookup in enumerate(self._in_order)}
         # In stock's order of ranks, so that its input dist need not permute. Private in torchrec 1.8, and the keys of all that it gives.
         self._keys: list[str] = list(module._embedding_names)
-        none = [key for key in lookups if key not in self._keys]
-        self._none_dim = sum(lookups[key].dim for key in none)
-        blocks = [*self._keys, *none]
+        hot = [self._in_order[at[key]] for key in self._keys]
+        none = [lookup for lookup in self._in_order if lookup.key not in self._keys]
+        self._order = torch.tensor([at[key] for key in self._keys], dtype=torch.int32, device=device)
+        self._first = torch.tensor([self._first_slot[lookup.table] for lookup in hot], dtype=torch.int32, device=device)
+        self._none_dim = sum(lookup.dim for lookup in none)
+        blocks = [*hot, *none]
         self._permute = PermutePooledEmbeddings(
-            [lookups[key].dim for key in blocks], [blocks.index(lookup.key) for lookup in self._lookups_in_order], device
+            [lookup.dim for lookup in blocks], [blocks.index(lookup) for lookup in self._in_order], device
         )
-        self._first = torch.tensor([self._first_slot[lookups[key].table] for key in self._keys], dtype=torch.int32, device=device)
-        self._groups = list(groups)
-        self._orders: dict[int, torch.Tensor] = {}
 
     def _features(self, ids: TieredIds) -> KeyedJaggedTensor:
-        samples = (ids.hot[0].offsets.numel() - 1) // len(self._groups[0].lookups)
-        slots, lengths, weights = _joined(ids.hot)
-        lengths, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(self._order(samples), lengths, slots, weights, slots.numel())
-        counts = lengths.view(len(self._keys), samples).sum(1)
+        (bags,) = ids.hot
+        # int32, half the bytes to send.
+        lengths = bags.offsets.diff().to(torch.int32).view(len(self._in_order), -1)
+        slots = bags.slots.to(torch.int32)
+        lengths, slots, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._order, lengths, slots, bags.weights, slots.numel())
+        counts = lengths.sum(1)
         slots -= torch.repeat_interleave(self._first, counts, output_size=slots.numel())
-        return KeyedJaggedTensor(self._keys, slots, weights, lengths=lengths, stride=samples, length_per_key=counts.tolist())
-
-    def _order(self, samples: int) -> torch.Tensor:
-        """int32 [keys x samples]: where the bag of (key, sample) stands in the groups' bags; computed once for a batch size."""
-        if samples not in self._orders:
-            if len(self._orders) > 8:  # odd last batches
-                self._orders.clear()
-            bags, first = {}, 0
-            for part in self._groups:
-                width = len(part.lookups)
-                for number, lookup in enumerate(part.lookups):
-                    bags[lookup.key] = torch.arange(first + number, first + samples * width, width)
-                first += samples * width
-            self._orders[samples] = torch.cat([bags[key] for key in self._keys]).to(device=self._first.device, dtype=torch.int32)
-        return self._orders[samples]
+        samples = lengths.shape[1]
+        return KeyedJaggedTensor(self._keys, slots, weights, lengths=lengths.view(-1), stride=samples, length_per_key=counts.tolist())
 
     def join(self, output: Any, ids: TieredIds) -> torch.Tensor:
         """[samples, columns of all lookups]: stock's columns in the order of the lookups, zeros for those without hot rows."""
@@ -177,28 +163,29 @@ class ShardedHotSequences(ShardedHotTier):
 
     def __init__(self, module: Any, groups: Sequence[HotGroup], group: dist.ProcessGroup | None, device: torch.device) -> None:
         super().__init__(module, groups, group)
-        hot = [i for i, lookup in enumerate(self._lookups_in_order) if lookup.kind is not TableKind.COLD]
-        self._keys = [self._lookups_in_order[i].key for i in hot]
+        hot = [i for i, lookup in enumerate(self._in_order) if lookup.kind is not TableKind.COLD]
+        self._keys = [self._in_order[i].key for i in hot]
         self._hot = torch.tensor(hot, device=device)
-        self._first = torch.tensor([self._first_slot[self._lookups_in_order[i].table] for i in hot], dtype=torch.int32, device=device)
+        self._first = torch.tensor([self._first_slot[self._in_order[i].table] for i in hot], dtype=torch.int32, device=device)
 
     def _features(self, ids: TieredIds) -> KeyedJaggedTensor:
         """All hot ids of a lookup as one sample: stock gives a row for each, in their order."""
-        assert isinstance(ids, SequenceIds) and ids.lengths is not None
-        slots, lengths, _ = _joined(ids.hot)
+        assert ids.lengths is not None
+        (bags,) = ids.hot
         ends = torch.ops.fbgemm.asynchronous_complete_cumsum(ids.lengths.sum(1))
-        counts = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths).index_select(0, ends).diff().index_select(0, self._hot)
-        slots -= torch.repeat_interleave(self._first, counts, output_size=slots.numel())
+        counts = bags.offsets.index_select(0, ends).diff().index_select(0, self._hot)
+        slots = bags.slots.to(torch.int32) - torch.repeat_interleave(self._first, counts, output_size=bags.slots.numel())
         return KeyedJaggedTensor(self._keys, slots, lengths=counts, stride=1, length_per_key=counts.tolist())
 
     def join(self, output: Any, ids: TieredIds) -> torch.Tensor:
         """[ids, dim]: the rows of hot ids at their places, zeros at those of the cold ones."""
         rows = torch.cat([output[key].values() for key in self._keys])
-        _, lengths, _ = _joined(ids.hot)
-        if rows.shape[0] == lengths.numel():
+        (bags,) = ids.hot
+        count = bags.offsets.numel() - 1
+        if rows.shape[0] == count:
             return rows
-        at = torch.nonzero_static(lengths, size=rows.shape[0]).squeeze(1)
-        return rows.new_zeros(lengths.numel(), rows.shape[1]).index_copy(0, at, rows)
+        at = torch.nonzero_static(bags.offsets.diff(), size=rows.shape[0]).squeeze(1)
+        return rows.new_zeros(count, rows.shape[1]).index_copy(0, at, rows)
 
 
 class _CheckedInputAwaitable(Awaitable[Awaitable[ShardedHotInput]]):
@@ -229,13 +216,3 @@ class _OutputAwaitable(Awaitable[torch.Tensor]):
 
     def _wait_impl(self) -> torch.Tensor:
         return self._tier.join(self._output.wait(), self._ids)
-
-
-def _joined(parts: Sequence[HotBags]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Slots and lengths of all groups' bags as int32, half the bytes to send, and weights."""
-    weights = [part.weights for part in parts if part.weights is not None]
-    return (
-        torch.cat([part.slots for part in parts]).to(torch.int32),
-        torch.cat([part.offsets.diff() for part in parts]).to(torch.int32),
-        torch.cat(weights) if weights else None,
-    )

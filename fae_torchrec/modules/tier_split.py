@@ -22,7 +22,7 @@ from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, DenseSlotIndex, 
 
 @dataclass
 class HotBags(Multistreamable):
-    """One group's hot ids of one batch, as its kernel takes them.
+    """One group's hot ids of one batch, as its kernel takes them (or all groups' ids: `by_group` of TierSplit).
 
     Attributes:
         slots: int64 [hot ids], slots within the group.
@@ -77,6 +77,8 @@ class TierSplit(nn.Module):
         device: where the index lies; ids must be on the same device.
         bounds_check_mode: what is done about an id that its table does not have, as stock kernels do it: WARNING takes row 0.
         compact_above_rows: see `new_slot_index`.
+        by_group: whether the hot ids come by group, as kernels of merged tables take them. If not, they come as a single HotBags, lookup
+            by lookup, its slots numbered over all groups, as a sharded hot tier takes them.
 
     Attributes:
         lookups: every lookup, in the order of the output.
@@ -95,9 +97,11 @@ class TierSplit(nn.Module):
         device: torch.device,
         bounds_check_mode: BoundsCheckMode = BoundsCheckMode.WARNING,
         compact_above_rows: int = COMPACT_ABOVE_ROWS,
+        by_group: bool = True,
     ) -> None:
         super().__init__()
         self.groups = list(groups)
+        self._by_group = by_group
         self.lookups: list[Lookup] = [lookup for group in groups for lookup in group.lookups]
         self.cold_lookups = [lookup for lookup in self.lookups if lookup.kind is not TableKind.HOT]
         rows = {config.name: config.num_embeddings for config in configs if config.name in placement.tables.names}
@@ -181,7 +185,7 @@ class TierSplit(nn.Module):
 
     def _group_bags(self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int]) -> list[HotBags]:
         """Cuts hot slots and their bag offsets into groups; group g's bags are first_bags[g]..first_bags[g+1]."""
-        if len(self.groups) == 1:
+        if len(self.groups) == 1 or not self._by_group:
             return [HotBags(slots, offsets, weights)]
         cuts = offsets[torch.tensor(first_bags, device=offsets.device)].tolist()
         return [
@@ -252,6 +256,8 @@ class BagSplit(TierSplit):
 
     def _hot_bags(self, slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None, samples: int) -> list[HotBags]:
         """Brings bags from lookup by lookup into the order of the kernels."""
+        if not self._by_group:
+            return [HotBags(slots, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths), weights)]
         widths = [len(group.lookups) for group in self.groups]
         order = self._orders.get(samples)
         if order is None:

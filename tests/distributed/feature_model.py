@@ -17,7 +17,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig, get_qcomm_code
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -191,7 +191,7 @@ def shard(feature: Feature, hot_tier: str | None) -> DistributedModelParallel:
         for collection, tables in (("ebc", feature.tables), ("second", feature.more))
         for config in tables
     }
-    sharded.load_state_dict({**dense, **weights})
+    sharded.load_state_dict({**dense, **weights})  # float32, into tables of any dtype
     return sharded
 
 

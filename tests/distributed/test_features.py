@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.datasets.utils import Batch
@@ -23,7 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from tests.distributed.feature_model import HOT_ROWS, TABLES, Feature, Trained, reordered, train, with_ids
+from tests.distributed.feature_model import HOT_EVERY, HOT_ROWS, TABLES, Feature, Trained, reordered, train, with_ids
 from tests.distributed.reference_adam import reference_adam
 from tests.distributed.small_model import ROWS_OF_FEATURE
 
