@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -24,7 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from tests.distributed.feature_model import HOT_EVERY, HOT_ROWS, TABLES, Feature, Trained, reordered, train, with_ids
+from tests.distributed.feature_model import EPS, HOT_EVERY, HOT_ROWS, TABLES, Feature, Trained, reordered, train, with_ids
 from tests.distributed.reference_adam import reference_adam
 from tests.distributed.small_model import ROWS_OF_FEATURE
 
@@ -87,15 +88,22 @@ def _rows_of_rank(placement: RowPlacement, rank: int) -> RowPlacement:
 
 ALL_FP16, ALL_BF16 = ({config.name: dtype for config in TABLES} for dtype in (DataType.FP16, DataType.BF16))
 MIXED = {"big": DataType.FP16, "wide": DataType.FP16, "frozen": DataType.FP16}
-ADAM = (("", torch.optim.Adam, {"lr": 0.1}),)  # the plain torch reference in FBGEMM's place, for stock and for us
+ADAM = (("", torch.optim.Adam, {"lr": 0.1, "eps": EPS}),)  # the plain torch reference in FBGEMM's place, for stock and for us
 SGD = (("", torch.optim.SGD, {"lr": 1.0}),)
 CLIPPED = {"gradient_clipping": True, "max_gradient": BOUND}
+ROWWISE_WITH_DECAY = {
+    "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "learning_rate": 0.1,
+    "eps": EPS,
+    "weight_decay": 0.05,
+    "weight_decay_mode": WeightDecayMode.L2,  # FBGEMM's default mode decays nothing
+}
 PER_TABLE = (
     ("tiny", torch.optim.SGD, {"lr": 0.1}),
-    ("big", RowWiseAdagrad, {"lr": 0.1}),
-    ("wide", torch.optim.Adagrad, {"lr": 0.1}),
-    ("frozen", torch.optim.Adagrad, {"lr": 0.2}),
-    ("other", torch.optim.Adagrad, {"lr": 0.05}),
+    ("big", RowWiseAdagrad, {"lr": 0.1, "eps": EPS}),
+    ("wide", torch.optim.Adagrad, {"lr": 0.1, "eps": EPS}),
+    ("frozen", torch.optim.Adagrad, {"lr": 0.2, "eps": EPS}),
+    ("other", torch.optim.Adagrad, {"lr": 0.05, "eps": EPS}),
 )
 COLUMNS = {"other": ParameterConstraints(sharding_types=["column_wise"], min_partition=4)}
 SECOND = (_more("second_e", 120, 8, "e"), _more("second_b", 200, 4, "b"))
@@ -125,11 +133,7 @@ FEATURES: dict[str, Feature] = {
     "any order": Feature(left=("other",), change_batch=_in_another_order),
     "changing sizes": Feature(sizes=(16, 3, 1, 7)),
     "weighted": Feature(weighted=True),
-    "fused_params alone": Feature(
-        marks=(),
-        fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1, "eps": 1e-4, "weight_decay": 0.05},
-        default=Optimizer.ROWWISE_ADAGRAD,
-    ),
+    "fused_params alone": Feature(marks=(), fused_params=ROWWISE_WITH_DECAY, default=Optimizer.ROWWISE_ADAGRAD),
     "an optimizer per table": Feature(marks=PER_TABLE),
     "schedule": Feature(marks=PER_TABLE, schedule=_scheduled),
     "warm-up": Feature(wrap=_warmed_up),
@@ -164,7 +168,7 @@ def _compare(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], prec
     for key, expected in stock.items():
         near = (precision or {}).get(key, 1e-5)
         atol = near / 10 * float(expected.abs().max())
-        torch.testing.assert_close(ours[key], expected, rtol=near, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(ours[key], expected, rtol=near, atol=atol, msg=f"{key}: {{}}".format)
 
 
 def _half_precision(stock: Trained) -> dict[str, float]:

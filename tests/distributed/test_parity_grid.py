@@ -33,7 +33,7 @@ from tests.distributed.small_model import (
 )
 from tests.distributed.test_hot_batches import promised
 
-HOT_TIERS = ["replicated"]
+HOT_TIERS = ["replicated", "table_wise"]
 POOLINGS = [(PoolingType.SUM, False), (PoolingType.SUM, True), (PoolingType.MEAN, False)]  # and whether ids are weighted
 GRID = [
     Case(optimizer=optimizer, pooling=pooling, weighted=weighted, multi_hot=multi_hot, mixed_dims=multi_hot)
@@ -68,7 +68,7 @@ def _batches(case: Case, rank: int) -> list[Batch]:
 
 def _train(case: Case, rank: int, hot_tier: str | None, learning_rate: float = LEARNING_RATE) -> Trained:
     """One run; without a hot tier it is stock's, which gets the same ids without the promise."""
-    model = shard(case, placement_of(case) if hot_tier else None)
+    model = shard(case, placement_of(case) if hot_tier else None, hot_tier=hot_tier or "replicated")
     batches = _batches(replace(case, optimizer="sgd", pooling=PoolingType.SUM), rank)  # ids depend on neither
     if hot_tier:
         batches = [batch if step % HOT_EVERY else promised(batch) for step, batch in enumerate(batches)]
@@ -84,9 +84,9 @@ def _train_all(rank: int) -> Runs:
         for case, hot_tier in product(GRID, [None, *HOT_TIERS]):
             trained[case, hot_tier] = _train(case, rank, hot_tier)
         for case in CONTROLS:
-            trained[case, "perturbed"] = _train(case, rank, HOT_TIERS[-1], LEARNING_RATE * 1.001)
+            trained[case, "perturbed"] = _train(case, rank, HOT_TIERS[0], LEARNING_RATE * 1.001)
         with mock.patch.object(step_count, "_counts_steps", return_value=False):
-            trained[Case(optimizer="adam"), "own counts"] = _train(Case(optimizer="adam"), rank, HOT_TIERS[-1])
+            trained[Case(optimizer="adam"), "own counts"] = _train(Case(optimizer="adam"), rank, HOT_TIERS[0])
     return trained
 
 
