@@ -28,6 +28,7 @@ from fae_torchrec.distributed.refusals import (
     check_not_ours,
     check_optimizer,
     check_tables,
+    check_weight_decay,
     fused_optimizer,
 )
 from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, FAEEmbeddingCollectionSharder, get_fae_sharders
@@ -209,12 +210,19 @@ class FAEShardingPlanner(ShardingPlanner):
             if hot_cold:
                 check_collection(path, part, self._stock_tables)
             default = fused_optimizer(part, ours[type(part)], self._stock_tables)
-            collections.append(_Collection(path, names, tuple(table_specs(part, default, self._stock_tables)), hot_cold))
+            placed = tuple(table_specs(part, default, self._stock_tables))
+            collections.append(_Collection(path, names, placed, hot_cold))
         tables = TableSet(tuple(chain.from_iterable(collection.placed for collection in collections)))
         self._check_tables(tables)
         for table in tables:
             if self._placement.hot_rows(table.name):
                 check_optimizer(table, self._topology.compute_device)
+        if self._hot_tier == "replicated":
+            parts = dict(modules)
+            for collection in collections:
+                part = parts[collection.path]
+                hot = [table for table in collection.placed if self._placement.hot_rows(table.name)]
+                check_weight_decay(part, ours[type(part)], hot, self._topology.compute_device)
         return collections
 
     def _check_stock_tables(self, modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
 from torchrec.distributed.types import ModuleSharder
@@ -154,6 +155,34 @@ def check_optimizer(table: TableSpec, device_type: str) -> None:
             f"has stock sharding: it fails with a bare assertion); choose one of {have}, or train on cuda",
             PlannerErrorType.INPUT_VALIDATION,
         )
+
+
+def check_weight_decay(collection: nn.Module, sharder: ModuleSharder[nn.Module], tables: Iterable[TableSpec], device_type: str) -> None:
+    """Checks that replicated hot rows would decay as stock's do.
+
+    FBGEMM 1.8's row-wise Adagrad on the CPU lets the rows of tables with several features decay, and of no other table; the kernel of
+    replicated hot rows has one feature for all tables.
+
+    Args:
+        collection: an EmbeddingBagCollection or EmbeddingCollection.
+        sharder: of that collection.
+        tables: its tables with replicated hot rows.
+        device_type: where they are trained.
+
+    Raises:
+        PlannerError: a table's hot rows would not decay.
+    """
+    weights = table_weights(collection)
+    for table in tables:
+        marked: dict[str, Any] = next(iter(getattr(weights[table.name], "_optimizer_kwargs", [])), {})  # its name in TorchRec 1.8
+        params = {**(sharder.fused_params or {}), **marked}
+        decays = params.get("weight_decay") and params.get("weight_decay_mode", WeightDecayMode.NONE) is not WeightDecayMode.NONE
+        if device_type == "cpu" and decays and table.optimizer is Optimizer.ROWWISE_ADAGRAD and len(table.feature_names) > 1:
+            raise _refusal(
+                f"table {table.name!r} has weight_decay={params['weight_decay']} and the features {list(table.feature_names)}; on the CPU "
+                "FBGEMM 1.8's row-wise Adagrad decays tables of several features alone, and replicated hot rows would not",
+                f"use hot_tier='table_wise', train on cuda, or {_TO_STOCK}",
+            )
 
 
 def fused_optimizer(collection: nn.Module, sharder: ModuleSharder[nn.Module], stock_tables: Collection[str]) -> Optimizer:

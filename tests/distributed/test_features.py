@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen, WeightDecayMode
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizer
@@ -25,7 +27,21 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from tests.distributed.feature_model import EPS, HOT_EVERY, HOT_ROWS, TABLES, Feature, Trained, reordered, train, with_ids
+from fae_torchrec.distributed.planner import FAEShardingPlanner
+from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder
+from tests.distributed.feature_model import (
+    EPS,
+    HOT_EVERY,
+    HOT_ROWS,
+    TABLES,
+    Feature,
+    Trained,
+    new_model,
+    placement_of,
+    reordered,
+    train,
+    with_ids,
+)
 from tests.distributed.reference_adam import reference_adam
 from tests.distributed.small_model import ROWS_OF_FEATURE
 
@@ -91,13 +107,8 @@ MIXED = {"big": DataType.FP16, "wide": DataType.FP16, "frozen": DataType.FP16}
 ADAM = (("", torch.optim.Adam, {"lr": 0.1, "eps": EPS}),)  # the plain torch reference in FBGEMM's place, for stock and for us
 SGD = (("", torch.optim.SGD, {"lr": 1.0}),)
 CLIPPED = {"gradient_clipping": True, "max_gradient": BOUND}
-ROWWISE_WITH_DECAY = {
-    "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "learning_rate": 0.1,
-    "eps": EPS,
-    "weight_decay": 0.05,
-    "weight_decay_mode": WeightDecayMode.L2,  # FBGEMM's default mode decays nothing
-}
+ROWWISE = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.3, "eps": EPS}
+DECAY = {"weight_decay": 0.05, "weight_decay_mode": WeightDecayMode.L2}  # FBGEMM's default mode decays nothing
 PER_TABLE = (
     ("tiny", torch.optim.SGD, {"lr": 0.1}),
     ("big", RowWiseAdagrad, {"lr": 0.1, "eps": EPS}),
@@ -133,7 +144,9 @@ FEATURES: dict[str, Feature] = {
     "any order": Feature(left=("other",), change_batch=_in_another_order),
     "changing sizes": Feature(sizes=(16, 3, 1, 7)),
     "weighted": Feature(weighted=True),
-    "fused_params alone": Feature(marks=(), fused_params=ROWWISE_WITH_DECAY, default=Optimizer.ROWWISE_ADAGRAD),
+    "fused_params alone": Feature(marks=(), fused_params=ROWWISE, default=Optimizer.ROWWISE_ADAGRAD),
+    # Left, because of FBGEMM's CPU kernel: see test_weight_decay_that_replicas_would_not_have_is_refused.
+    "weight decay": Feature(marks=(), fused_params={**ROWWISE, **DECAY}, default=Optimizer.ROWWISE_ADAGRAD, left=("big",)),
     "an optimizer per table": Feature(marks=PER_TABLE),
     "schedule": Feature(marks=PER_TABLE, schedule=_scheduled),
     "warm-up": Feature(wrap=_warmed_up),
@@ -207,6 +220,7 @@ def test_features_equal_stock(ranks: int, name: str, tier: str) -> None:
         ("clipped means", "means"),
         ("clipped weighted", "weighted"),
         ("fused_params alone", "plain"),
+        ("weight decay", "fused_params alone"),
         ("an optimizer per table", "plain"),
         ("schedule", "an optimizer per table"),
         ("warm-up", "plain"),
@@ -281,3 +295,36 @@ def test_gradients_are_gathered_or_reduced_whichever_is_shorter() -> None:
             assert [calls["allgather_base"] for calls in steps] == [gathers] * len(steps)
         reduced, gathered = (trained[name, "replicated"].calls[1]["allreduce"] for name in OF_RANKS)
         assert reduced == gathered + 1
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_weight_decay_that_replicas_would_not_have_is_refused(marked: bool) -> None:
+    """FBGEMM 1.8's row-wise Adagrad on the CPU decays tables of several features alone; a kernel of replicas has one feature."""
+    feature = replace(FEATURES["weight decay"], left=())
+    if marked:
+        feature = replace(feature, fused_params=None, marks=(("", RowWiseAdagrad, {"lr": 0.1, **DECAY}),))
+    sharders = [FAEEmbeddingBagCollectionSharder(dict(feature.fused_params or {}))]
+
+    def plan(hot_tier: str, device: str) -> None:
+        topology = Topology(world_size=1, compute_device=device)
+        FAEShardingPlanner(placement_of(feature), topology, 16, hot_tier=hot_tier).plan(new_model(feature), sharders)
+
+    with pytest.raises(
+        PlannerError, match=r"table 'big' has weight_decay=0.05 and the features \['b', 'c'\]; .* use hot_tier='table_wise'"
+    ):
+        plan("replicated", "cpu")
+    plan("table_wise", "cpu")
+    plan("replicated", "cuda")
+
+
+def test_fbgemm_decays_tables_of_several_features_alone() -> None:
+    """On the CPU; this fails when FBGEMM does otherwise, and then the refusal may go."""
+    for features in (1, 2):
+        table = (2, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)
+        kernels = [
+            SplitTableBatchedEmbeddingBagsCodegen([table], feature_table_map=[0] * features, **ROWWISE, **decay) for decay in ({}, DECAY)
+        ]
+        for kernel in kernels:
+            kernel.split_embedding_weights()[0].fill_(1.0)
+            kernel(torch.tensor([1]), torch.tensor([0, 1] + [1] * (features - 1))).sum().backward()
+        assert torch.equal(*(kernel.split_optimizer_states()[0][0] for kernel in kernels)) == (features == 1)
