@@ -41,6 +41,7 @@ _BY_FBGEMM_NAME: Mapping[str, Optimizer] = {
     "exact_row_wise_adagrad": Optimizer.ROWWISE_ADAGRAD,
     "adam": Optimizer.ADAM,
 }
+_DECAYS = (WeightDecayMode.NONE, WeightDecayMode.L2, WeightDecayMode.DECOUPLE)
 
 
 def check_constraints(placement: RowPlacement, constraints: Mapping[str, ParameterConstraints]) -> None:
@@ -161,7 +162,8 @@ def check_weight_decay(collection: nn.Module, sharder: ModuleSharder[nn.Module],
     """Checks that replicated hot rows would decay as stock's do.
 
     FBGEMM 1.8's row-wise Adagrad on the CPU lets the rows of tables with several features decay, and of no other table; the kernel of
-    replicated hot rows has one feature for all tables.
+    replicated hot rows has one feature for all tables. Modes that count steps or accesses by kernel would count a replicated kernel's
+    lookup and update apart.
 
     Args:
         collection: an EmbeddingBagCollection or EmbeddingCollection.
@@ -170,13 +172,19 @@ def check_weight_decay(collection: nn.Module, sharder: ModuleSharder[nn.Module],
         device_type: where they are trained.
 
     Raises:
-        PlannerError: a table's hot rows would not decay.
+        PlannerError: a table's hot rows would not decay, or not as stock's.
     """
     weights = table_weights(collection)
     for table in tables:
         marked: dict[str, Any] = next(iter(getattr(weights[table.name], "_optimizer_kwargs", [])), {})  # its name in TorchRec 1.8
         params = {**(sharder.fused_params or {}), **marked}
-        decays = params.get("weight_decay") and params.get("weight_decay_mode", WeightDecayMode.NONE) is not WeightDecayMode.NONE
+        mode = params.get("weight_decay_mode", WeightDecayMode.NONE)
+        if mode not in _DECAYS:
+            raise _refusal(
+                f"table {table.name!r} has weight_decay_mode={mode}; replicated hot rows may have {[mode.name for mode in _DECAYS]}",
+                f"use hot_tier='table_wise', or {_TO_STOCK}",
+            )
+        decays = params.get("weight_decay") and mode is not WeightDecayMode.NONE
         if device_type == "cpu" and decays and table.optimizer is Optimizer.ROWWISE_ADAGRAD and len(table.feature_names) > 1:
             raise _refusal(
                 f"table {table.name!r} has weight_decay={params['weight_decay']} and the features {list(table.feature_names)}; on the CPU "

@@ -317,6 +317,14 @@ def test_weight_decay_that_replicas_would_not_have_is_refused(marked: bool) -> N
     plan("replicated", "cuda")
 
 
+def test_weight_decay_that_counts_by_kernel_is_refused() -> None:
+    mode = WeightDecayMode.COWCLIP
+    feature = replace(FEATURES["weight decay"], fused_params={**ROWWISE, "weight_decay": 0.05, "weight_decay_mode": mode})
+    planner = FAEShardingPlanner(placement_of(feature), Topology(world_size=1, compute_device="cpu"), 16, stock_tables=feature.left)
+    with pytest.raises(PlannerError, match=r"weight_decay_mode=.*may have \['NONE', 'L2', 'DECOUPLE'\]"):
+        planner.plan(new_model(feature), [FAEEmbeddingBagCollectionSharder(dict(feature.fused_params or {}))])
+
+
 def test_fbgemm_decays_tables_of_several_features_alone() -> None:
     """On the CPU; this fails when FBGEMM does otherwise, and then the refusal may go."""
     for features in (1, 2):
