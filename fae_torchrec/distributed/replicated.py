@@ -126,6 +126,8 @@ class ReplicatedHotTier:
             module for lookup in self.lookups for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
         )
         self.kernels = [next(kernels) if group.num_slots else None for group in groups]
+        # The row that stands for cold ids; the updates write to it too.
+        self._zeros = [table.weights[0] for table in local_tables(self.lookups)]
         self._anchor = torch.empty(0, device=device, requires_grad=True)  # what makes autograd call a lookup's backward
 
     def input_dist(self, ids: TieredIds, *, promised_hot: bool) -> Awaitable[Awaitable[HotInput]]:
@@ -170,7 +172,7 @@ class ReplicatedHotTier:
         kernels = iter(local_tables(self.lookups))
         for group in self._groups:
             if group.num_slots:
-                merged, first = next(kernels), 0
+                merged, first = next(kernels), 1  # after the row of zeros
                 for name, rows in group.tables:
                     yield merged.rows_of(name, first, rows)
                     first += rows
@@ -180,6 +182,8 @@ class ReplicatedHotTier:
         check_replicas(self.tables(), self.group)
 
     def _look_up(self, bags: list[HotBags]) -> list[torch.Tensor]:
+        for row in self._zeros:
+            row.zero_()
         return [
             kernel(part.slots, part.offsets, part.weights)
             if kernel is not None

@@ -113,7 +113,10 @@ def tier_collection(stock: Collection, configs: Sequence[TableConfig], like: Map
 
 
 def merged_tables(stock: Collection, groups: Sequence[HotGroup]) -> EmbeddingBagCollection:
-    """One table per group that has slots: the group's hot rows, one table's after the other's. On the meta device, marked as stock's."""
+    """One table per group that has slots: a row of zeros for cold ids, then the hot rows, one table's after the other's.
+
+    On the meta device, marked as stock's.
+    """
     dtypes = {config.name: config.data_type for config in table_configs(stock)}
     merged, like = [], {}
     for number, group in enumerate(groups):
@@ -125,7 +128,7 @@ def merged_tables(stock: Collection, groups: Sequence[HotGroup]) -> EmbeddingBag
             EmbeddingBagConfig(
                 name=name,
                 embedding_dim=group.dim,
-                num_embeddings=group.num_slots,
+                num_embeddings=group.num_slots + 1,
                 feature_names=[name],
                 pooling=PoolingType.SUM,
                 data_type=dtypes[like[name]],

@@ -55,7 +55,7 @@ class HotColdCollection(nn.Module):
         self._groups = hot_groups(configs, placement)
         dtypes = {name: weight.dtype for name, weight in table_weights(stock).items()}
         self.hot = nn.ParameterList(
-            torch.empty(group.num_slots, group.dim, device=self._device, dtype=dtypes[group.lookups[0].table]) for group in self._groups
+            torch.zeros(group.num_slots + 1, group.dim, device=self._device, dtype=dtypes[group.lookups[0].table]) for group in self._groups
         )
         cold = cold_configs(configs, placement)
         self.cold: Any = new_cold_tier(cold, cold_device or stock.device) if cold else None
@@ -69,9 +69,9 @@ class HotColdCollection(nn.Module):
         return [_sum_bags(weight, part) for weight, part in zip(self.hot, bags, strict=True)]
 
     def slots_of(self) -> Iterator[tuple[str, str, int, int]]:
-        """Where each table's hot rows lie: (table, name of the parameter, first slot, hot rows)."""
+        """Where each table's hot rows lie: (table, name of the parameter, its first row there, hot rows)."""
         for number, group in enumerate(self._groups):
-            first = 0
+            first = 1  # after the row of zeros for cold ids
             for table, rows in group.tables:
                 yield table, f"hot.{number}", first, rows
                 first += rows
@@ -83,11 +83,9 @@ class HotColdCollection(nn.Module):
 
 
 def _sum_bags(weight: torch.Tensor, bags: HotBags) -> torch.Tensor:
-    if not weight.shape[0]:  # embedding_bag refuses an empty table; a group of all-cold tables
-        return weight.new_zeros(bags.offsets.numel() - 1, weight.shape[1])
     weights = None if bags.weights is None else bags.weights.to(weight.dtype)
     sums: torch.Tensor = torch.nn.functional.embedding_bag(
-        bags.slots, weight, bags.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        bags.slots, weight, bags.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True, padding_idx=0
     )
     return sums
 

@@ -43,7 +43,7 @@ class TierJoin(nn.Module):
         buffers = {
             # For each unit of a cold bag's row: its lookup, and its place in a row of the output.
             "cold_lookup": torch.tensor([position[key] for key in cold_columns for _ in range(count[key])], dtype=torch.int64),
-            "cold_unit": torch.tensor([first[key] + i for key in cold_columns for i in range(count[key])], dtype=torch.int64),
+            "cold_unit": torch.tensor([[first[key] + i] for key in cold_columns for i in range(count[key])], dtype=torch.int64),
             # For each unit of the output: its lookup, the mean ones among them.
             "unit_lookup": torch.arange(len(lookups)).repeat_interleave(torch.tensor(units)),
             "mean": torch.tensor([lookup.mean for lookup in lookups]),
@@ -66,8 +66,8 @@ class TierJoin(nn.Module):
             [B, sum of dims].
         """
         if cold is not None and cold_at is not None:
-            units = cold_at.index_select(0, self.cold_lookup).t() * self._units + self.cold_unit
-            hot = add_units(hot, cold, units.reshape(-1), self._unit)
+            units = torch.add(self.cold_unit, cold_at.index_select(0, self.cold_lookup), alpha=self._units)
+            hot = add_units(hot, cold, units.t().reshape(-1), self._unit)
         values = hot.view(-1, self._units * self._unit)
         if lengths is not None:
             divisor = torch.where(self.mean, lengths.to(values.dtype).clamp_(min=1), 1)  # an empty bag is zero

@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from fae_torchrec.modules.lookups import Lookup
 from fae_torchrec.modules.pooling import add_units
-from fae_torchrec.modules.tier_split import TieredIds, TierSplit
+from fae_torchrec.modules.tier_split import TieredIds, TierSplit, hot_alone
 
 
 @dataclass
@@ -38,7 +38,7 @@ class SequenceSplit(TierSplit):
     """The split of an unpooled collection. Arguments: `TierSplit`."""
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> SequenceIds:
-        """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.
+        """Splits one batch. Host synchronisations on CUDA: two where cold ids are looked for, one where there are several groups.
 
         Args:
             features: raw ids [F features, B samples], any integer dtype; weights, and features that no table uses, are ignored.
@@ -55,26 +55,23 @@ class SequenceSplit(TierSplit):
         first_bags = [ends[lookup] for lookup in accumulate((len(group.lookups) for group in self.groups), initial=0)]
         offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.view(-1).to(torch.int64))
         slots = self._find(values, offsets)
-        if promised_hot or not self.cold_lookups:
-            misses = (slots < 0).sum().reshape(1)
-            one_each = torch.arange(slots.numel() + 1, device=slots.device)
-            return SequenceIds(self._group_bags(slots, one_each, None, first_bags), None, None, misses, lengths, counts)
-        is_hot = slots >= 0
-        hot_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
-        hot_lengths = hot_before.index_select(0, offsets).diff().view(lengths.shape).to(lengths.dtype)
-        cold_lengths = (lengths - hot_lengths).index_select(0, self.cold_rows)
-        cold_counts = cold_lengths.sum(1).tolist()  # the one synchronisation: every size follows from it
-        hot = torch.nonzero_static(is_hot, size=values.numel() - sum(cold_counts)).squeeze(1)
-        cold_at = torch.nonzero_static(is_hot.logical_not_(), size=sum(cold_counts)).squeeze(1)
-        cold = KeyedJaggedTensor(
-            [lookup.key for lookup in self.cold_lookups],
-            values.index_select(0, cold_at),
-            lengths=cold_lengths.view(-1),
-            stride=features.stride(),
-            length_per_key=cold_counts,
-        )
-        misses = torch.zeros(1, dtype=torch.int64, device=values.device)
-        bags = self._group_bags(slots.index_select(0, hot), hot_before, None, first_bags)
+        is_cold = slots < 0
+        misses = is_cold.sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
+        cold = cold_at = None
+        if not promised_hot and self.cold_lookups:
+            cold_at = is_cold.nonzero().squeeze(1)
+            cold_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_cold.to(torch.int64))
+            cold_lengths = cold_before.index_select(0, offsets).diff().view(lengths.shape).index_select(0, self.cold_rows)
+            cold = KeyedJaggedTensor(
+                [lookup.key for lookup in self.cold_lookups],
+                values.index_select(0, cold_at),
+                lengths=cold_lengths.view(-1).to(torch.int32),
+                stride=features.stride(),
+                length_per_key=cold_lengths.sum(1).tolist(),
+            )
+        one_each = torch.arange(slots.numel() + 1, device=slots.device)
+        alone = not self._by_group
+        bags = [hot_alone(slots, one_each.diff(), None, is_cold)] if alone else self._by_groups(slots, one_each, None, first_bags)
         return SequenceIds(bags, cold, cold_at, misses, lengths, counts)
 
 

@@ -25,7 +25,6 @@ class HotBags(Multistreamable):
     """One group's hot ids of one batch, as its kernel takes them (or all groups' ids: `by_group` of TierSplit).
 
     Attributes:
-        slots: int64 [hot ids], slots within the group.
         offsets: int64 [bags + 1].
         weights: float32 [hot ids] or None.
     """
@@ -88,6 +87,7 @@ class TierSplit(nn.Module):
     row_base: torch.Tensor
     rows: torch.Tensor
     cold_rows: torch.Tensor
+    lookup_numbers: torch.Tensor
 
     def __init__(
         self,
@@ -113,11 +113,14 @@ class TierSplit(nn.Module):
         first_row = dict(zip(tables, torch.tensor([0, *(rows[name] for name in tables)]).cumsum(0).tolist(), strict=False))
         self.first_slots = torch.tensor([0, *(group.num_slots for group in groups)]).cumsum(0).tolist()[:-1]
         self._bounds_check_mode = bounds_check_mode
+        self._sources_of: tuple[list[str], list[int]] = ([], [])  # of the latest keys
         self._permutation: tuple[list[int], torch.Tensor] = ([], torch.empty(0))
+        cold = self._cold = [i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT]
         buffers = {
             "row_base": torch.tensor([first_row[lookup.table] for lookup in self.lookups]),
             "rows": torch.tensor([rows[lookup.table] for lookup in self.lookups]),
-            "cold_rows": torch.tensor([i for i, lookup in enumerate(self.lookups) if lookup.kind is not TableKind.HOT], dtype=torch.int64),
+            "cold_rows": torch.tensor(cold, dtype=torch.int64),
+            "lookup_numbers": torch.arange(len(self.lookups) + 1),
             "out_of_bounds": torch.zeros(1, dtype=torch.int64),
         }
         for name, value in buffers.items():
@@ -154,11 +157,14 @@ class TierSplit(nn.Module):
                 "received a KeyedJaggedTensor with a batch size per feature (variable stride), which hot/cold tables do not support; "
                 "pass the same number of bags for every feature, or leave these tables to stock sharding (stock_tables)"
             )
-        position = {key: i for i, key in enumerate(features.keys())}
-        missing = sorted({lookup.feature for lookup in self.lookups} - position.keys())
-        if missing:
-            raise DataError(f"the batch lacks the features {missing}; it has {features.keys()}; feed every feature of the tables")
-        return [position[lookup.feature] for lookup in self.lookups]
+        keys = features.keys()
+        if keys != self._sources_of[0]:
+            position = {key: i for i, key in enumerate(keys)}
+            missing = sorted({lookup.feature for lookup in self.lookups} - position.keys())
+            if missing:
+                raise DataError(f"the batch lacks the features {missing}; it has {keys}; feed every feature of the tables")
+            self._sources_of = list(keys), [position[lookup.feature] for lookup in self.lookups]
+        return self._sources_of[1]
 
     def _find(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Brings ids into bounds, in place, and looks their slots up.
@@ -183,14 +189,17 @@ class TierSplit(nn.Module):
         slots: torch.Tensor = self.index(rows)
         return slots.to(torch.int64)
 
-    def _group_bags(self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int]) -> list[HotBags]:
-        """Cuts hot slots and their bag offsets into groups; group g's bags are first_bags[g]..first_bags[g+1]."""
-        if len(self.groups) == 1 or not self._by_group:
-            return [HotBags(slots, offsets, weights)]
+    def _by_groups(self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int]) -> list[HotBags]:
+        """Cuts ids and their bag offsets into groups, slots (-1 where cold) made rows of the groups' merged tables, in place.
+
+        Group g's bags are first_bags[g]..first_bags[g + 1].
+        """
+        if len(self.groups) == 1:
+            return [HotBags(slots.add_(1), offsets, weights)]
         cuts = offsets[torch.tensor(first_bags, device=offsets.device)].tolist()
         return [
             HotBags(
-                slots[cuts[g] : cuts[g + 1]] - first,
+                (slots[cuts[g] : cuts[g + 1]] - (first - 1)).clamp_(min=0),
                 offsets[first_bags[g] : first_bags[g + 1] + 1] - cuts[g],
                 None if weights is None else weights[cuts[g] : cuts[g + 1]],
             )
@@ -198,22 +207,53 @@ class TierSplit(nn.Module):
         ]
 
 
+class _BagOrder:
+    """The order of the bags of a batch: by group, then sample, then lookup, where they come lookup by lookup.
+
+    Args:
+        widths: lookups of each group.
+        samples: of the batch.
+        lengths: of its bags, for their dtype and device.
+
+    Attributes:
+        bags: int32 [bags]: which bag of the batch comes next.
+        ones: [bags], the lengths of a batch with one id in every bag.
+        one_each: int64 [bags + 1], its offsets.
+        first: first bag of every group, and the number of bags.
+    """
+
+    def __init__(self, widths: list[int], samples: int, lengths: torch.Tensor) -> None:
+        self._widths, self._samples = widths, samples
+        self.bags = self.turned(torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device))
+        self.ones = torch.ones_like(lengths)
+        self.one_each = torch.arange(lengths.numel() + 1, device=lengths.device)
+        self.first = [samples * width for width in accumulate(widths, initial=0)]
+
+    def turned(self, numbers: torch.Tensor) -> torch.Tensor:
+        """One number a bag, brought into this order."""
+        parts = numbers.view(sum(self._widths), self._samples).split_with_sizes(self._widths)
+        return parts[0].t().reshape(-1) if len(parts) == 1 else torch.cat([part.t().reshape(-1) for part in parts])
+
+
 class BagSplit(TierSplit):
     """The split of a pooled collection.
 
-    Hot bags: those of the batch without their cold ids, by group, then sample, then lookup, so that a kernel's output [bags, dim] is
-    [samples, columns of the group]. Cold bags are *packed*: bag j of a lookup in `cold` is its j-th bag that holds a cold id, and
-    `cold_at` int64 [cold lookups, bags] says which sample's it is (the rest of a lookup's bags are empty). So the cold tier computes and
-    exchanges as many bags as the lookup with the most, instead of one per sample.
+    Hot bags: by group, then sample, then lookup, so that a kernel's output [bags, dim] is [samples, columns of the group]. Cold bags are
+    *packed*: bag j of a lookup in `cold` is its j-th bag that holds a cold id, and `cold_at` int64 [cold lookups, bags] says which sample's
+    it is (the rest of a lookup's bags are empty). So the cold tier computes and exchanges as many bags as the lookup with the most, instead
+    of one per sample.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._any_mean = any(lookup.mean for lookup in self.lookups)
-        self._orders: dict[int, torch.Tensor] = {}
+        self._orders: dict[tuple[int, torch.dtype, torch.device], _BagOrder] = {}
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> TieredIds:
-        """Splits one batch; one host synchronisation on CUDA, and one more where there are several groups.
+        """Splits one batch.
+
+        Host synchronisations on CUDA: two where cold ids are looked for, one where there are several groups, and one where there are as
+        many ids as bags, to see whether every bag has one: then most of the work falls away.
 
         Args:
             features: raw ids [F features, B samples], any integer dtype, weights kept; features that no table uses are ignored.
@@ -223,74 +263,73 @@ class BagSplit(TierSplit):
             DataError: a feature of a table is missing, or the batch has a variable stride.
         """
         values, lengths, weights = self._in_order(features)
-        lengths, samples = lengths.to(torch.int64), features.stride()
-        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+        order = self._order(features.stride(), lengths)
+        one_each = values.numel() == lengths.numel() and torch.equal(lengths, order.ones)
+        offsets = order.one_each if one_each else torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
         slots = self._find(values, offsets)
-        whole = lengths.view(len(self.lookups), samples).t() if self._any_mean else None
-        if promised_hot or not self.cold_lookups:
-            misses = (slots < 0).sum().reshape(1)
-            return TieredIds(self._hot_bags(slots, lengths, weights, samples), None, None, misses, whole)
-        is_hot = slots >= 0
-        hot_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64))
-        hot_lengths = hot_before.index_select(0, offsets).diff()
-        by_lookup = (lengths - hot_lengths).view(len(self.lookups), samples).index_select(0, self.cold_rows)
-        full = by_lookup > 0
-        counts = torch.cat([full.sum(1), by_lookup.sum(1)]).tolist()  # the one synchronisation: every size follows from it
-        bags, ids = counts[: len(by_lookup)], counts[len(by_lookup) :]
-        hot = values.numel() - sum(ids)
-        at = _hot_first(is_hot, hot_before[:-1], hot)
-        numbers = torch.empty_like(values).scatter_(0, at, torch.where(is_hot, slots, values))
-        weights = None if weights is None else torch.empty_like(weights).scatter_(0, at, weights)
-        packed_lengths, cold_at = _pack(by_lookup, full, max(*bags, 1))
-        packed = KeyedJaggedTensor(
-            [lookup.key for lookup in self.cold_lookups],
-            numbers[hot:],
-            None if weights is None else weights[hot:],
-            lengths=packed_lengths,
-            stride=cold_at.shape[1],
-            length_per_key=ids,
-        )
-        misses = torch.zeros(1, dtype=torch.int64, device=values.device)
-        hot_bags = self._hot_bags(numbers[:hot], hot_lengths, None if weights is None else weights[:hot], samples)
-        return TieredIds(hot_bags, packed, cold_at, misses, whole)
-
-    def _hot_bags(self, slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None, samples: int) -> list[HotBags]:
-        """Brings bags from lookup by lookup into the order of the kernels."""
+        is_cold = slots < 0
+        misses = is_cold.sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
+        cold = cold_at = None
+        if not promised_hot and self.cold_lookups:
+            cold, cold_at = self._pack(values, None if one_each else offsets, weights, is_cold, features.stride())
         if not self._by_group:
-            return [HotBags(slots, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths), weights)]
-        widths = [len(group.lookups) for group in self.groups]
-        order = self._orders.get(samples)
-        if order is None:
+            hot = [hot_alone(slots, lengths, weights, is_cold)]
+        elif one_each:
+            hot = self._by_groups(order.turned(slots), offsets, None if weights is None else order.turned(weights), order.first)
+        else:
+            lengths_then, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(order.bags, lengths, slots, weights, slots.numel())
+            offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths_then.to(torch.int64))
+            hot = self._by_groups(slots, offsets, weights, order.first)
+        whole = lengths.view(len(self.lookups), features.stride()).t() if self._any_mean else None
+        return TieredIds(hot, cold, cold_at, misses, whole)
+
+    def _order(self, samples: int, lengths: torch.Tensor) -> _BagOrder:
+        """The order of a batch's bags, made once for a batch size."""
+        key = samples, lengths.dtype, lengths.device
+        if key not in self._orders:
             if len(self._orders) > 8:  # odd last batches
                 self._orders.clear()
-            bags = torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device).view(len(self.lookups), samples)
-            order = self._orders[samples] = torch.cat([part.t().reshape(-1) for part in bags.split_with_sizes(widths)])
-        lengths, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(order, lengths, slots, weights, slots.numel())
-        offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
-        return self._group_bags(slots, offsets, weights, [samples * first for first in accumulate(widths, initial=0)])
+            self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, lengths)
+        return self._orders[key]
+
+    def _pack(
+        self, values: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None, is_cold: torch.Tensor, samples: int
+    ) -> tuple[KeyedJaggedTensor, torch.Tensor]:
+        """The cold ids in packed bags, and whose sample each bag is. Everything but the search for cold ids is as large as they are few.
+
+        `offsets` are those of the batch, or None where every bag has one id.
+        """
+        at = is_cold.nonzero().squeeze(1)
+        of_bag = at if offsets is None else torch.searchsorted(offsets[1:], at, right=True)
+        bags, sizes = (at, torch.ones_like(at)) if offsets is None else torch.unique_consecutive(of_bag, return_counts=True)
+        # Per lookup, the cold ids and the bags that hold one, as counts of those before it.
+        first_bags = self.lookup_numbers * samples
+        before = torch.stack([torch.searchsorted(of_bag, first_bags), torch.searchsorted(bags, first_bags)]).tolist()
+        ids_of, bags_of = ([numbers[i + 1] - numbers[i] for i in self._cold] for numbers in before)
+        width, count = max(*bags_of, 1), len(self._cold)
+        # Bag i of a lookup's goes to place i of its `width`: by the lookup, as far as that is from its place among all bags that hold one.
+        shift = [0] * len(self.lookups)
+        for number, i in enumerate(self._cold):
+            shift[i] = number * width - before[1][i]
+        lookup = torch.div(bags, max(samples, 1), rounding_mode="floor")
+        place = torch.tensor(shift, device=at.device).index_select(0, lookup).add_(torch.arange(bags.numel(), device=at.device))
+        lengths = torch.zeros(count * width, dtype=torch.int32, device=at.device).index_copy_(0, place, sizes.to(torch.int32))
+        # The empty bags are spread over the samples, so that no sample is added to by many.
+        cold_at = torch.arange(width, device=at.device).repeat(count).index_copy_(0, place, bags.remainder(max(samples, 1)))
+        packed = KeyedJaggedTensor(
+            [lookup.key for lookup in self.cold_lookups],
+            values.index_select(0, at),
+            None if weights is None else weights.index_select(0, at),
+            lengths=lengths,
+            stride=width,
+            length_per_key=ids_of,
+        )
+        return packed, cold_at.view(count, width)
 
 
-def _hot_first(is_hot: torch.Tensor, hot_before: torch.Tensor, hot: int) -> torch.Tensor:
-    """Where each id goes, so that the hot ones (`hot` in all) come first and both keep their order: int64 [ids]."""
-    cold = torch.arange(hot, hot + is_hot.numel(), device=is_hot.device).sub_(hot_before)
-    return torch.where(is_hot, hot_before, cold)
-
-
-def _pack(lengths: torch.Tensor, full: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves the bags that are not empty to the front of their lookup.
-
-    Args:
-        lengths: int [lookups, samples].
-        full: bool [lookups, samples], which bags are not empty.
-        width: bags a lookup has afterwards, at least as many as are not empty in any.
-
-    Returns:
-        lengths int32 [lookups x width], and int64 [lookups, width], the sample of each bag (the empty ones spread over all samples, so that
-        none is added to by many).
-    """
-    lookups, samples = lengths.shape
-    to = torch.where(full, full.cumsum(1) - 1, width)  # the empty bags into a column that is cut off
-    packed = lengths.new_zeros(lookups, width + 1).scatter_(1, to, lengths)
-    sample = torch.arange(max(samples, width + 1), device=lengths.device).expand(lookups, -1)
-    at = sample[:, : width + 1].scatter(1, to, sample[:, :samples])
-    return packed[:, :width].reshape(-1).to(torch.int32), at[:, :width].contiguous()
+def hot_alone(slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None, is_cold: torch.Tensor) -> HotBags:
+    """The hot ids without the cold ones, in the same bags, for a tier that has no row for these."""
+    is_hot = is_cold.logical_not()
+    hot, hot_lengths = torch.ops.fbgemm.masked_select_jagged_1d(slots, lengths, is_hot)
+    offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(hot_lengths)
+    return HotBags(hot, offsets, None if weights is None else weights[is_hot])

@@ -49,13 +49,13 @@ def batches(draw: st.DrawFn) -> Bags:
 
 
 def reference(bags: Bags, placement: RowPlacement, split: SequenceSplit) -> tuple[list[list[list[int]]], list[int], dict[str, list[int]]]:
-    """By group, the slots of every id (one or none); where cold ids stand among all; cold ids by lookup."""
+    """By group, the row of the merged table for every id; where cold ids stand among all; cold ids by lookup."""
     hot: list[list[list[int]]] = []
     cold_at: list[int] = []
     cold: dict[str, list[int]] = {lookup.key: [] for lookup in split.cold_lookups}
     count = 0
     for group in split.groups:
-        first, slot_of = 0, {}
+        first, slot_of = 1, {}
         for table, rows in group.tables:
             slot_of.update({(table, row): first + slot for slot, row in enumerate(placement.hot_ids[table].tolist())})
             first += rows
@@ -64,7 +64,7 @@ def reference(bags: Bags, placement: RowPlacement, split: SequenceSplit) -> tupl
             for id_or_not in (i for bag in bags[lookup.feature] for i in bag):
                 i = id_or_not if 0 <= id_or_not < ROWS[lookup.table] else 0
                 slot = slot_of.get((lookup.table, i))
-                hot[-1].append([] if slot is None else [slot])
+                hot[-1].append([slot or 0])
                 if slot is None:
                     cold_at.append(count)
                     cold[lookup.key].append(i)
@@ -150,7 +150,7 @@ def test_joined_rows_are_the_tables_rows(hot: Mapping[str, list[int]], two_group
     ]
     zero = torch.zeros(DIM)
     parts = zip(expected_hot, slot_rows, strict=True)
-    hot_rows = torch.stack([rows[slots[0]] if slots else zero for group, rows in parts for slots in group])
+    hot_rows = torch.stack([rows[slots[0] - 1] if slots[0] else zero for group, rows in parts for slots in group])
     cold = None
     if ids.cold is not None:
         cold = ids.cold.to_dict()
@@ -196,7 +196,7 @@ def test_batches_with_other_orders_of_keys() -> None:
 
     expected = seen(KEYS)
     # Lookups b@big, c@big, a@tiny, c@other, d@frozen; big's slots 0..2 are rows 0, 5, 11, tiny's 3..6, other's 7 and 8 are rows 3 and 8.
-    assert expected == [[1, 4, 8], [2, 8, 6], [1, 2, 5]]
+    assert expected == [[2, 0, 0, 5, 9, 0], [2, 8, 6], [1, 2, 5]], "a slot's row is one more, the cold ids' row is 0"
     for keys in (["d", "c", "b", "a"], ["z", "a", "b", "c", "d"], KEYS, ["b", "z", "d", "a", "c"]):
         assert seen(keys) == expected, keys
 

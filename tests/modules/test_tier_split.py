@@ -43,10 +43,10 @@ def new_split(
 def reference(
     bags: Bags, weights: Mapping[str, list[list[float]]], placement: RowPlacement, split: BagSplit
 ) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Hot parts (slots within the group) and cold parts (ids) by lookup key, one id at a time; an id beyond its table is row 0."""
+    """Hot parts (rows of the group's merged table) and cold parts (ids) by lookup key, one id at a time; an id beyond its table is 0."""
     first_slot = {}
     for group in split.groups:
-        slot = 0
+        slot = 1
         for table, rows in group.tables:
             first_slot[table] = slot
             slot += rows
@@ -62,8 +62,11 @@ def reference(
                     part.weights.append([])
                 for raw, weight in zip(bag, bag_weights, strict=True):
                     i = raw if 0 <= raw < ROWS[table] else 0
-                    parts[i in slot_of].ids[-1].append(first_slot[table] + slot_of[i] if i in slot_of else i)
-                    parts[i in slot_of].weights[-1].append(weight)
+                    parts[True].ids[-1].append(first_slot[table] + slot_of[i] if i in slot_of else 0)
+                    parts[True].weights[-1].append(weight)
+                    if i not in slot_of:
+                        parts[False].ids[-1].append(i)
+                        parts[False].weights[-1].append(weight)
             hot[f"{feature}@{table}"], cold[f"{feature}@{table}"] = parts[True], parts[False]
     return hot, cold
 
