@@ -300,20 +300,25 @@ class BagSplit(TierSplit):
         `offsets` are those of the batch, or None where every bag has one id.
         """
         at = is_cold.nonzero().squeeze(1)
-        of_bag = at if offsets is None else torch.searchsorted(offsets[1:], at, right=True)
-        bags, sizes = (at, torch.ones_like(at)) if offsets is None else torch.unique_consecutive(of_bag, return_counts=True)
-        # Per lookup, the cold ids and the bags that hold one, as counts of those before it.
+        # Per lookup, the bags that hold a cold id and the cold ids, as counts of those before it.
         first_bags = self.lookup_numbers * samples
-        before = torch.stack([torch.searchsorted(of_bag, first_bags), torch.searchsorted(bags, first_bags)]).tolist()
-        ids_of, bags_of = ([numbers[i + 1] - numbers[i] for i in self._cold] for numbers in before)
+        if offsets is None:
+            bags = at
+            bags_before = ids_before = torch.searchsorted(at, first_bags).tolist()
+        else:
+            of_bag = torch.searchsorted(offsets[1:], at, right=True)
+            bags, sizes = torch.unique_consecutive(of_bag, return_counts=True)
+            bags_before, ids_before = torch.stack([torch.searchsorted(x, first_bags) for x in (bags, of_bag)]).tolist()
+        bags_of, ids_of = ([before[i + 1] - before[i] for i in self._cold] for before in (bags_before, ids_before))
         width, count = max(*bags_of, 1), len(self._cold)
         # Bag i of a lookup's goes to place i of its `width`: by the lookup, as far as that is from its place among all bags that hold one.
         shift = [0] * len(self.lookups)
         for number, i in enumerate(self._cold):
-            shift[i] = number * width - before[1][i]
+            shift[i] = number * width - bags_before[i]
         lookup = torch.div(bags, max(samples, 1), rounding_mode="floor")
         place = torch.tensor(shift, device=at.device).index_select(0, lookup).add_(torch.arange(bags.numel(), device=at.device))
-        lengths = torch.zeros(count * width, dtype=torch.int32, device=at.device).index_copy_(0, place, sizes.to(torch.int32))
+        lengths = torch.zeros(count * width, dtype=torch.int32, device=at.device)
+        lengths = lengths.index_fill_(0, place, 1) if offsets is None else lengths.index_copy_(0, place, sizes.to(torch.int32))
         # The empty bags are spread over the samples, so that no sample is added to by many.
         cold_at = torch.arange(width, device=at.device).repeat(count).index_copy_(0, place, bags.remainder(max(samples, 1)))
         packed = KeyedJaggedTensor(
