@@ -60,7 +60,16 @@ from fae_torchrec.training.traffic import CollectiveCounter
 
 _ROOT = Path(__file__).resolve().parent.parent
 _QUICK = {
-    **{"scale": 0.01, "dim": 16, "batch_size": 256, "budget_mib": 4.0, "profile_samples": 100_000, "mlp": [32, 16], "batches": 3},
+    **{
+        "scale": 0.01,
+        "dim": 16,
+        "batch_size": 256,
+        "budget_mib": 4.0,
+        "profile_samples": 100_000,
+        "dense_arch": [32],
+        "over_arch": [32],
+        "batches": 3,
+    },
     **{"pairs": 4, "warmup": 1, "json": _ROOT / "runs/sharded_step_quick.json"},
 }
 _SETTLE_S = 0.002
@@ -103,7 +112,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--scale", type=float, default=0.1, help="rows as a share of Criteo Kaggle's (default: %(default)s)")
     add("--dim", type=int, default=64, help="embedding dimension (default: %(default)s)")
     add("--batch-size", type=int, default=2048, help="samples per rank (default: %(default)s)")
-    add("--mlp", type=int, nargs="+", default=[512, 256], help="hidden widths of both dense MLPs (default: %(default)s)")
+    add("--dense-arch", type=int, nargs="+", default=[512, 256], help="hidden widths of the dense MLP (FAE's RMC3: %(default)s)")
+    add("--over-arch", type=int, nargs="+", default=[512, 512, 256], help="hidden widths of the over MLP (RMC3: %(default)s)")
     add("--optimizer", choices=[o.value for o in Optimizer], default=Optimizer.ROWWISE_ADAGRAD.value, help="of the tables (%(default)s)")
     add("--hot-tier", default="replicated", help="how the hot rows lie on the ranks (default: %(default)s)")
     add("--budget-mib", type=float, default=60.0, help="fast memory per rank: weights and optimizer state (default: %(default)s)")
@@ -136,7 +146,9 @@ def _plan(args: argparse.Namespace) -> tuple[TableSet, RowPlacement, dict[str, i
 
 
 def _dlrm(args: argparse.Namespace, rows: dict[str, int], device: torch.device) -> Any:
-    return build_dlrm(rows, 13, args.dim, [*args.mlp, args.dim], [*args.mlp, 1], Optimizer(args.optimizer), 0.05, args.seed, device)
+    return build_dlrm(
+        rows, 13, args.dim, [*args.dense_arch, args.dim], [*args.over_arch, 1], Optimizer(args.optimizer), 0.05, args.seed, device
+    )
 
 
 class _Trainee:

@@ -71,7 +71,7 @@ class SequenceSplit(TierSplit):
             )
         one_each = torch.arange(slots.numel() + 1, device=slots.device)
         alone = not self._by_group
-        bags = [hot_alone(slots, one_each.diff(), None, is_cold)] if alone else self._by_groups(slots, one_each, None, first_bags)
+        bags = [hot_alone(slots, one_each.diff(), None)] if alone else self._by_groups(slots, one_each, None, first_bags)
         return SequenceIds(bags, cold, cold_at, misses, lengths, counts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -267,13 +267,13 @@ class BagSplit(TierSplit):
         one_each = values.numel() == lengths.numel() and torch.equal(lengths, order.ones)
         offsets = order.one_each if one_each else torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
         slots = self._find(values, offsets)
-        is_cold = slots < 0
-        misses = is_cold.sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
+        misses = (slots < 0).sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
         cold = cold_at = None
         if not promised_hot and self.cold_lookups:
-            cold, cold_at = self._pack(values, None if one_each else offsets, weights, is_cold, features.stride())
+            pack = self._pack_one_each if one_each else self._pack_bags
+            cold, cold_at = pack(values, offsets, weights, slots, features.stride())
         if not self._by_group:
-            hot = [hot_alone(slots, lengths, weights, is_cold)]
+            hot = [hot_alone(slots, lengths, weights)]
         elif one_each:
             hot = self._by_groups(order.turned(slots), offsets, None if weights is None else order.turned(weights), order.first)
         else:
@@ -292,49 +292,74 @@ class BagSplit(TierSplit):
             self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, lengths)
         return self._orders[key]
 
-    def _pack(
-        self, values: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None, is_cold: torch.Tensor, samples: int
+    def _pack_one_each(
+        self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, slots: torch.Tensor, samples: int
     ) -> tuple[KeyedJaggedTensor, torch.Tensor]:
-        """The cold ids in packed bags, and whose sample each bag is. Everything but the search for cold ids is as large as they are few.
+        """`_pack_bags` where every bag has one id: only lookups that may be cold are looked at, and an id's place is its bag's."""
+        of_cold = [
+            None if x is None else x.view(len(self.lookups), samples).index_select(0, self.cold_rows).view(-1)
+            for x in (slots, values, weights)
+        ]
+        assert of_cold[0] is not None and of_cold[1] is not None
+        bags = (of_cold[0] < 0).nonzero().squeeze(1)
+        before = torch.searchsorted(bags, self.lookup_numbers[: len(self.cold_lookups) + 1] * samples).tolist()
+        counts = [last - first for first, last in pairwise(before)]
+        ids = of_cold[1].index_select(0, bags), None if of_cold[2] is None else of_cold[2].index_select(0, bags)
+        return self._packed(bags, torch.ones_like(bags, dtype=torch.int32), range(len(counts)), before, ids, counts, samples)
 
-        `offsets` are those of the batch, or None where every bag has one id.
-        """
-        at = is_cold.nonzero().squeeze(1)
+    def _pack_bags(
+        self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, slots: torch.Tensor, samples: int
+    ) -> tuple[KeyedJaggedTensor, torch.Tensor]:
+        """The cold ids in packed bags, and whose sample each bag is. Everything but the search for cold ids is as large as they are few."""
+        at = (slots < 0).nonzero().squeeze(1)
+        of_bag = torch.searchsorted(offsets[1:], at, right=True)
+        bags, sizes = torch.unique_consecutive(of_bag, return_counts=True)
         # Per lookup, the bags that hold a cold id and the cold ids, as counts of those before it.
         first_bags = self.lookup_numbers * samples
-        if offsets is None:
-            bags = at
-            bags_before = ids_before = torch.searchsorted(at, first_bags).tolist()
-        else:
-            of_bag = torch.searchsorted(offsets[1:], at, right=True)
-            bags, sizes = torch.unique_consecutive(of_bag, return_counts=True)
-            bags_before, ids_before = torch.stack([torch.searchsorted(x, first_bags) for x in (bags, of_bag)]).tolist()
-        bags_of, ids_of = ([before[i + 1] - before[i] for i in self._cold] for before in (bags_before, ids_before))
-        width, count = max(*bags_of, 1), len(self._cold)
+        bags_before, ids_before = torch.stack([torch.searchsorted(x, first_bags) for x in (bags, of_bag)]).tolist()
+        counts = [ids_before[i + 1] - ids_before[i] for i in self._cold]
+        ids = values.index_select(0, at), None if weights is None else weights.index_select(0, at)
+        return self._packed(bags, sizes.to(torch.int32), self._cold, bags_before, ids, counts, samples)
+
+    def _packed(
+        self,
+        bags: torch.Tensor,
+        sizes: torch.Tensor,
+        lookups: Sequence[int],
+        before: list[int],
+        ids: tuple[torch.Tensor, torch.Tensor | None],
+        counts: list[int],
+        samples: int,
+    ) -> tuple[KeyedJaggedTensor, torch.Tensor]:
+        """Moves the bags that hold a cold id to the front of their lookup.
+
+        Args:
+            bags: int64 [bags], ascending: lookup x samples + sample.
+            sizes: int32 [bags], cold ids of each.
+            lookups: the cold lookups, as `bags` numbers them.
+            before: of these bags, those before each lookup, and all.
+            ids: the cold ids and their weights, lookup by lookup.
+            counts: cold ids of each cold lookup.
+            samples: of the batch.
+        """
+        width, device = max(1, *(before[i + 1] - before[i] for i in lookups)), bags.device
         # Bag i of a lookup's goes to place i of its `width`: by the lookup, as far as that is from its place among all bags that hold one.
-        shift = [0] * len(self.lookups)
-        for number, i in enumerate(self._cold):
-            shift[i] = number * width - bags_before[i]
+        shift = [0] * (len(before) - 1)
+        for number, i in enumerate(lookups):
+            shift[i] = number * width - before[i]
         lookup = torch.div(bags, max(samples, 1), rounding_mode="floor")
-        place = torch.tensor(shift, device=at.device).index_select(0, lookup).add_(torch.arange(bags.numel(), device=at.device))
-        lengths = torch.zeros(count * width, dtype=torch.int32, device=at.device)
-        lengths = lengths.index_fill_(0, place, 1) if offsets is None else lengths.index_copy_(0, place, sizes.to(torch.int32))
+        place = torch.tensor(shift, device=device).index_select(0, lookup).add_(torch.arange(bags.numel(), device=device))
+        lengths = torch.zeros(len(lookups) * width, dtype=torch.int32, device=device).index_copy_(0, place, sizes)
         # The empty bags are spread over the samples, so that no sample is added to by many.
-        cold_at = torch.arange(width, device=at.device).repeat(count).index_copy_(0, place, bags.remainder(max(samples, 1)))
-        packed = KeyedJaggedTensor(
-            [lookup.key for lookup in self.cold_lookups],
-            values.index_select(0, at),
-            None if weights is None else weights.index_select(0, at),
-            lengths=lengths,
-            stride=width,
-            length_per_key=ids_of,
-        )
-        return packed, cold_at.view(count, width)
+        at = torch.arange(width, device=device).repeat(len(lookups)).index_copy_(0, place, bags.remainder(max(samples, 1)))
+        keys = [lookup.key for lookup in self.cold_lookups]
+        packed = KeyedJaggedTensor(keys, *ids, lengths=lengths, stride=width, length_per_key=counts)
+        return packed, at.view(len(lookups), width)
 
 
-def hot_alone(slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None, is_cold: torch.Tensor) -> HotBags:
+def hot_alone(slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None) -> HotBags:
     """The hot ids without the cold ones, in the same bags, for a tier that has no row for these."""
-    is_hot = is_cold.logical_not()
+    is_hot = slots >= 0
     hot, hot_lengths = torch.ops.fbgemm.masked_select_jagged_1d(slots, lengths, is_hot)
     offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(hot_lengths)
     return HotBags(hot, offsets, None if weights is None else weights[is_hot])
