@@ -15,9 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
 from fae_torchrec.distributed.tiers import Collection, FAEContext
+from fae_torchrec.modules.bag_split import BagSplit
 from fae_torchrec.modules.lookups import HotGroup, stock_names
 from fae_torchrec.modules.pooling import TierJoin
-from fae_torchrec.modules.tier_split import BagSplit, TieredIds
+from fae_torchrec.modules.tier_split import TieredIds
 
 
 class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):

@@ -9,9 +9,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.modules.bag_split import BagSplit
 from fae_torchrec.modules.hot_cold_collection import HotColdCollection
 from fae_torchrec.modules.pooling import TierJoin, join_groups
-from fae_torchrec.modules.tier_split import BagSplit
 
 
 class FAEEmbeddingBagCollection(HotColdCollection, EmbeddingBagCollectionInterface):

@@ -15,9 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.modules.bag_split import BagSplit
 from fae_torchrec.modules.lookups import hot_groups
 from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, BitmapSlotIndex, DenseSlotIndex
-from fae_torchrec.modules.tier_split import BagSplit, TieredIds
+from fae_torchrec.modules.tier_split import TieredIds
 from tests.modules.small_tables import ALL_COLD, ALL_HOT, FEATURES, HOT, KEYS, ROWS, batch, configs, placement_of
 
 CPU = torch.device("cpu")
