@@ -9,19 +9,14 @@ inputs are measured on samples of the test split, none of which was counted. Abo
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import shlex
-import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import record_header, write_record
 
 from fae_torchrec.core.hot_set import hot_inputs_curve
 from fae_torchrec.core.popularity import PopularityProfile, ProbeSample
@@ -56,12 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     results = {dataset: _measure(dataset, args) for dataset in SHAPES}
     record = {
-        "schema": 1,
-        "name": "synthetic_fit",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/synthetic_fit.py", *(sys.argv[1:] if argv is None else argv)]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "torch", "torchrec")}},
-        "hardware": {"machine": platform.machine(), "processor": _processor(), "cpus": os.cpu_count()},
+        **record_header("synthetic_fit", argv),
         "seed": args.seed,
         "scale": args.scale,
         "sample_rate": args.sample_rate,
@@ -69,8 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "wall_s": round(time.perf_counter() - started, 1),
         "results": results,
     }
-    _write(args.json, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-    _write(args.picture, lambda path: _draw(results, args.scale, path))
+    write_record(args.json, record)
+    _draw(results, args.scale, args.picture)
     _print(results, args)
     return record
 
@@ -185,23 +175,11 @@ def _draw(results: dict[str, Any], scale: float, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
-    figure.savefig(path, format="png", metadata={"Software": None})
-    plt.close(figure)
-
-
-def _write(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
+    figure.savefig(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, path)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    plt.close(figure)
 
 
 if __name__ == "__main__":
