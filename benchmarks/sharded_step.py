@@ -141,7 +141,7 @@ def _plan(args: argparse.Namespace) -> tuple[TableSet, RowPlacement, dict[str, i
     rows = dict(source.cardinalities)
     tables = model_tables(_dlrm(args, rows, torch.device("meta")))
     profile = Calibrator(tables, sample_rate=0.9).run(source.batches(65_536), progress=True, total=args.profile_samples)
-    hot_set = select_hot_set(profile, round(args.budget_mib * 2**20), pinned_max_rows=args.pinned_max_rows)
+    hot_set = select_hot_set(profile, round(args.budget_mib * 2**20), policy="threshold", pinned_max_rows=args.pinned_max_rows)
     return tables, RowPlacement.from_hot_set(hot_set), rows
 
 

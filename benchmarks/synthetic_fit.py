@@ -19,7 +19,8 @@ import numpy as np
 from record import record_header, write_record
 
 from fae_torchrec.core.hot_set import hot_inputs_curve
-from fae_torchrec.core.popularity import PopularityProfile, ProbeSample
+from fae_torchrec.core.input_sample import InputSample
+from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet, TableSpec
 from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.data.criteo_shape import SHAPES
@@ -72,15 +73,15 @@ def _measure(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
     for samples in args.samples:
         began = time.perf_counter()
         profile, tables = _profile(dataset, samples, args, coupled=True)
-        points = hot_inputs_curve(profile, [round(share * tables.total_bytes) for share in shares])
+        points = hot_inputs_curve(profile, [round(share * tables.total_bytes) for share in shares], policy="threshold")
         profiles.append(
             {
                 "stream_samples": samples,
                 "counted_samples": profile.num_samples,
                 "profile_s": round(time.perf_counter() - began, 1),
                 "points": [
-                    {"byte_share": share, "published": published, "measured": hot, "coverage": coverage}
-                    for (share, published), (_, hot, coverage) in zip(shape.published_points, points, strict=True)
+                    {"byte_share": share, "published": published, "measured": point.hot_inputs, "coverage": point.coverage}
+                    for (share, published), point in zip(shape.published_points, points, strict=True)
                 ],
             }
         )
@@ -88,33 +89,38 @@ def _measure(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
             pinned = sum(table.total_bytes for table in tables if table.rows <= 1024)
             budgets = [round(share * tables.total_bytes) for share in _CURVE_SHARES]
             budgets = [budget for budget in budgets if budget >= pinned]
-            curve = hot_inputs_curve(profile, budgets)
+            curve = hot_inputs_curve(profile, budgets, policy="threshold")
     control, _ = _profile(dataset, args.samples[0], args, coupled=False)
-    apart = hot_inputs_curve(control, [round(share * tables.total_bytes) for share in shares])
+    apart = hot_inputs_curve(control, [round(share * tables.total_bytes) for share in shares], policy="threshold")
     return {
         "rows": sum(table.rows for table in tables),
         "bytes": tables.total_bytes,
         "profiles": profiles,
-        "uncoupled": [{"byte_share": share, "measured": hot} for share, (_, hot, _) in zip(shares, apart, strict=True)],
-        "curve": [{"byte_share": used / tables.total_bytes, "hot_inputs": hot, "coverage": coverage} for used, hot, coverage in curve],
+        "uncoupled": [{"byte_share": share, "measured": point.hot_inputs} for share, point in zip(shares, apart, strict=True)],
+        "curve": [
+            {"byte_share": point.used_bytes / tables.total_bytes, "hot_inputs": point.hot_inputs, "coverage": point.coverage}
+            for point in curve
+        ],
     }
 
 
 def _profile(dataset: Any, samples: int, args: argparse.Namespace, *, coupled: bool) -> tuple[PopularityProfile, TableSet]:
-    """A profile of the train split whose probe is replaced by samples of the test split, so that hot inputs are of fresh samples."""
+    """A profile of the train split; its fresh inputs are samples of the test split."""
     options: dict[str, Any] = {"scale": args.scale, "seed": args.seed, "coupled": coupled}
     train = SyntheticCriteo(dataset, num_samples=samples, **options)
     dim = SHAPES[dataset].embedding_dim
     tables = TableSet(tuple(TableSpec(f"t_{name}", rows, dim, (name,)) for name, rows in train.cardinalities.items()))
-    profile = Calibrator(tables, sample_rate=args.sample_rate, probe_size=1).run(train.batches(_BATCH), progress=True, total=samples)
+    profile = Calibrator(tables, sample_rate=args.sample_rate, keep_inputs=1, fresh_inputs=1).run(
+        train.batches(_BATCH), progress=True, total=samples
+    )
     fresh = SyntheticCriteo(dataset, num_samples=args.fresh, split="test", **options).samples(0, args.fresh)
     one_hot = np.ones(args.fresh, dtype=np.int64)
-    probe = ProbeSample(
+    inputs = InputSample(
         values={name: fresh.ids[i] for i, name in enumerate(train.feature_names)},
         lengths={name: one_hot for name in train.feature_names},
         num_samples=args.fresh,
     )
-    return replace(profile, probe=probe), tables
+    return replace(profile, fresh_inputs=inputs), tables
 
 
 def _print(results: dict[str, Any], args: argparse.Namespace) -> None:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from fae_torchrec.core.popularity import PopularityProfile
     from fae_torchrec.core.schedule import ShuffleSchedule
     from fae_torchrec.core.tables import TableSet, TableSpec
+    from fae_torchrec.data.cache_statistics import measure_cache_statistics
     from fae_torchrec.data.calibrator import Calibrator
     from fae_torchrec.data.dataloader import HotColdDataLoader
+    from fae_torchrec.distributed.cache_statistics import cache_constraints, torchrec_cache_statistics
     from fae_torchrec.distributed.planner import FAEShardingPlanner
     from fae_torchrec.distributed.sharder import get_fae_sharders
     from fae_torchrec.modules.embedding import FAEEmbeddingCollection
@@ -45,11 +47,14 @@ _HOMES = {
     "ShuffleSchedule": "fae_torchrec.core.schedule",
     "TableSet": "fae_torchrec.core.tables",
     "TableSpec": "fae_torchrec.core.tables",
+    "cache_constraints": "fae_torchrec.distributed.cache_statistics",
     "get_fae_sharders": "fae_torchrec.distributed.sharder",
     "load_checkpoint": "fae_torchrec.training.checkpoint",
+    "measure_cache_statistics": "fae_torchrec.data.cache_statistics",
     "model_tables": "fae_torchrec.modules.model_tables",
     "save_checkpoint": "fae_torchrec.training.checkpoint",
     "select_hot_set": "fae_torchrec.core.hot_set",
+    "torchrec_cache_statistics": "fae_torchrec.distributed.cache_statistics",
 }
 """Which module each public name comes from."""
 
@@ -71,11 +76,14 @@ __all__ = [
     "TableSet",
     "TableSpec",
     "__version__",
+    "cache_constraints",
     "get_fae_sharders",
     "load_checkpoint",
+    "measure_cache_statistics",
     "model_tables",
     "save_checkpoint",
     "select_hot_set",
+    "torchrec_cache_statistics",
 ]
 
 

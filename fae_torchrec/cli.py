@@ -1,4 +1,4 @@
-"""The command line: fae profile | place | train | compare | doctor."""
+"""The command line: fae vocabulary | profile | place | report | train | compare | doctor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ FAE hot and cold embeddings for TorchRec: keep the rows that most accesses go to
 host memory, and train on batches that touch hot rows only wherever the data allow.
 
   fae doctor                                            is this environment able to run?
+  fae report --config examples/configs/demo.yaml        how skewed are the data, and what does a budget of fast memory buy?
   fae compare --config examples/configs/demo.yaml       the whole line, compared with stock TorchRec
 """
 _COMMANDS = {
-    "profile": "count how often each row is accessed, on a sample of the train data; writes OUTPUT/profile.npz",
+    "vocabulary": "number the categories of the train data by how often they occur; writes the file that data.coding.vocabulary names",
+    "profile": "count how often each row is accessed, on a sample of the train data; under torchrun the ranks share the work; writes "
+    "OUTPUT/profile.npz",
     "place": "select the hot rows under the budget; writes OUTPUT/profile.npz (if need be) and OUTPUT/placement.npz",
+    "report": "pictures of the access skew and of what a budget buys; writes OUTPUT/popularity.html, popularity.json and PNG files",
     "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); writes OUTPUT/train.json",
     "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
     "doctor": "print versions, devices, whether torch, torchrec and fbgemm fit together, and what to install if not",
@@ -76,6 +80,23 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated")
         command.add_argument("--output", metavar="DIR", help="folder for what is written (default: `output` of the config)")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
+        command.add_argument(
+            "--max-bad-lines", type=int, metavar="N", help="malformed lines of text to skip and count (default: data.max_bad_lines, 0)"
+        )
+        if name == "profile":
+            command.add_argument("--workers", type=int, metavar="N", help="processes that read and count (default: profile.workers, 1)")
+            command.add_argument(
+                "--torchrec-stats",
+                action="store_true",
+                help="also measure each table's cache statistics for TorchRec's own planner (EmbeddingOffloadStats: cacheability, expected "
+                "lookups, LRU miss ratios); writes OUTPUT/cache_statistics.npz and .json",
+            )
+            command.add_argument(
+                "--global-batch-size",
+                type=int,
+                metavar="N",
+                help="samples of a step over all ranks, for --torchrec-stats (default: train.batch_size)",
+            )
         if name == "compare":
             command.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks (default: compare.ranks)")
         if name == "train":
@@ -91,35 +112,96 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
     from fae_torchrec.distributed.local_ranks import quiet_host
 
     quiet_host()
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
     if arguments.output:
         config = replace(config, output=arguments.output)
     if arguments.command == "compare":
         return _compare(arguments, config, command)
     if arguments.command == "train":
         return _train(arguments, config)
-    return _prepare(arguments, config)
+    if arguments.command == "report":
+        return _report(arguments, config, command)
+    if arguments.command == "vocabulary":
+        return _vocabulary(arguments, config)
+    return _profile(arguments, config) if arguments.command == "profile" else _place(arguments, config)
 
 
-def _prepare(arguments: argparse.Namespace, config: Any) -> int:
-    """`fae profile` and `fae place`."""
-    from fae_torchrec.compare import describe_placement, describe_profile
-    from fae_torchrec.experiment import make_hot_set, make_placement, make_profile, open_data, placed_tables, save_profile
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """The options that are keys of the config."""
+    keys = {"max_bad_lines": "data.max_bad_lines", "workers": "profile.workers"}
+    given = {key: getattr(arguments, option, None) for option, key in keys.items()}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
+
+
+def _vocabulary(arguments: argparse.Namespace, config: Any) -> int:
+    from fae_torchrec.experiment_data import make_vocabulary
+
+    vocabulary, path = make_vocabulary(config, show_progress=not arguments.quiet), config.data.coding.vocabulary
+    lines = [f"{path}: vocabulary {vocabulary.fingerprint} of {vocabulary.source}", "rows that the tables need:"]
+    lines += [f"  {feature:<24} {rows:>12,}" for feature, rows in vocabulary.rows.items()]
+    described = {"path": path, "fingerprint": vocabulary.fingerprint, "source": vocabulary.source, "rows": vocabulary.rows}
+    _print(arguments, lines, json.dumps(described, indent=1))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace, config: Any) -> int:
+    from fae_torchrec.core.histogram import top_share
+    from fae_torchrec.distributed.local_ranks import launched_group
+    from fae_torchrec.experiment import placed_tables
+    from fae_torchrec.experiment_data import open_data
+    from fae_torchrec.experiment_profile import make_cache_statistics, make_profile
+    from fae_torchrec.report_parts import describe_profile
+    from fae_torchrec.training.report_table import percent_text
+
+    data = open_data(config)
+    tables = placed_tables(config, data)
+    show = not arguments.quiet
+    with launched_group("cpu") as group:
+        profile = make_profile(config, data, tables, show_progress=show, group=group)
+        if group is not None and group.rank():
+            return 0
+    path = Path(config.output, "profile.npz")
+    top = [(name, profile.counts[name]) for name in tables.names]
+    lines = [
+        f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
+        *(f"skipped {number:,} malformed line(s) of {file}" for file, number in profile.skipped.items()),
+        "the tables' most accessed 1 % of rows take this share of their accesses:",
+        *(f"  {name:<24} {counts.rows:>12,} rows  {percent_text(top_share(counts)):>6} %" for name, counts in top),
+    ]
+    described = {**describe_profile(profile), "path": str(path)}
+    if arguments.torchrec_stats:
+        statistics, where = make_cache_statistics(config, data, tables, arguments.global_batch_size, show_progress=show)
+        lines += [f"{where}: cache statistics {statistics.fingerprint} for TorchRec's planner"]
+        described["torchrec_stats"] = {"path": str(where), **statistics.to_json()}
+    _print(arguments, lines, json.dumps(described, indent=1))
+    return 0
+
+
+def _report(arguments: argparse.Namespace, config: Any, command: list[str]) -> int:
+    from fae_torchrec.popularity_report import popularity_report, write_popularity_report
+    from fae_torchrec.training.report_table import bytes_text, percent_text
+
+    report = popularity_report(config, command, show_progress=not arguments.quiet)
+    paths = write_popularity_report(report, config.output)
+    placement = report["placement"]
+    lines = [f"budget {bytes_text(placement['budget_bytes'])}, which makes this share of the samples all hot:"]
+    for name, selection in placement["selections"].items():
+        share, low, high = (percent_text(selection[key]) for key in ("hot_inputs", "low", "high"))
+        lines.append(f"  {name:<12} {share:>6} %  ({low} to {high})")
+    _print(arguments, [*lines, *map(str, paths)], paths[0].read_text(encoding="utf-8"))
+    return 0
+
+
+def _place(arguments: argparse.Namespace, config: Any) -> int:
+    from fae_torchrec.compare import describe_placement
+    from fae_torchrec.experiment import make_hot_set, make_placement, placed_tables
+    from fae_torchrec.experiment_data import open_data
+    from fae_torchrec.experiment_profile import make_profile
     from fae_torchrec.training.report_table import bytes_text, percent_text
 
     data = open_data(config)
     tables = placed_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=not arguments.quiet)
-    if arguments.command == "profile":
-        path = save_profile(config, profile)
-        top = [(name, profile.counts[name]) for name in tables.names]
-        lines = [
-            f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
-            "the tables' most accessed 1 % of rows take this share of their accesses:",
-            *(f"  {name:<24} {len(counts):>12,} rows  {percent_text(_top_share(counts)):>6} %" for name, counts in top),
-        ]
-        _print(arguments, lines, json.dumps({**describe_profile(profile), "path": str(path)}, indent=1))
-        return 0
     hot_set = make_hot_set(config, profile) if config.placement.path is None else None
     placement, path = make_placement(config, tables, hot_set)
     described = describe_placement(config, profile, hot_set, placement)
@@ -128,13 +210,18 @@ def _prepare(arguments: argparse.Namespace, config: Any) -> int:
         f"{path}: placement {placement.fingerprint}",
         f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot, "
         f"the budget is {bytes_text(placement.budget_bytes)} {each}",
-        f"hot inputs {percent_text(placement.hot_inputs)} % of samples",
+        f"hot inputs {percent_text(placement.hot_inputs)} % of samples ({' to '.join(map(percent_text, placement.hot_inputs_interval))} %)",
         f"coverage {percent_text(placement.coverage)} % of the counted accesses",
         *(
             f"  {row['table']:<24} {row['kind']:<6} {row['hot_rows']:>12,} of {row['rows']:>12,} rows  {bytes_text(row['bytes_hot']):>10}"
             for row in described["per_table"]
         ),
     ]
+    if hot_set is not None and hot_set.resolution_reached:
+        lines.append(
+            "the sample does not tell the rows at the budget's boundary apart (seen once or never); profile.sample_rate of about "
+            f"{hot_set.resolving_rate:.2g} would"
+        )
     _print(arguments, lines, json.dumps({**described, "path": str(path)}, indent=1))
     return 0
 
@@ -194,14 +281,6 @@ def _print(arguments: argparse.Namespace, lines: Sequence[str], as_json: str) ->
 
 def _scores_text(scores: Any) -> str:
     return f"test AUC {scores['test_auc']:.4f}, logloss {scores['test_logloss']:.4f}"
-
-
-def _top_share(counts: Any) -> float:
-    """Share of accesses that the most accessed hundredth of the rows (at least one) takes."""
-    import numpy as np
-
-    top = max(len(counts) // 100, 1)
-    return float(np.partition(counts, -top)[-top:].sum() / max(counts.sum(), 1))
 
 
 if __name__ == "__main__":

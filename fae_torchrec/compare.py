@@ -8,24 +8,24 @@ from datetime import datetime, timezone
 from typing import Any
 
 from fae_torchrec.config import RunConfig
-from fae_torchrec.core.histogram import skew_curve
-from fae_torchrec.core.hot_set import HotSet, hot_inputs_curve, pinned_tables
+from fae_torchrec.core.candidates import pinned_tables
+from fae_torchrec.core.hot_set import HotSet, hot_inputs_curve
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from fae_torchrec.doctor import Environment, collect
+from fae_torchrec.doctor import collect
 from fae_torchrec.experiment import (
-    ExperimentData,
     check_run,
     experiment_tables,
     make_hot_set,
     make_placement,
-    make_profile,
-    open_data,
     placed_tables,
     run_placement,
 )
+from fae_torchrec.experiment_data import ExperimentData, open_data
+from fae_torchrec.experiment_profile import make_profile
+from fae_torchrec.report_parts import describe_environment, describe_profile
 
 _CURVE_POINTS = 24
 
@@ -70,19 +70,6 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
     return report
 
 
-def describe_environment(environment: Environment) -> dict[str, Any]:
-    """Versions and hardware as the report has them."""
-    return {
-        "versions": {"python": ".".join(map(str, environment.python)), **environment.packages, "cuda": environment.cuda},
-        "hardware": {
-            "machine": environment.machine,
-            "cores": environment.cores,
-            "ram_bytes": environment.ram_bytes,
-            "gpus": [list(device) for device in environment.devices],
-        },
-    }
-
-
 def describe_data(data: ExperimentData, tables: TableSet) -> dict[str, Any]:
     """The data and all tables of the model as the report has them."""
     return {
@@ -92,25 +79,6 @@ def describe_data(data: ExperimentData, tables: TableSet) -> dict[str, Any]:
         "tables": len(tables),
         "rows": sum(table.rows for table in tables),
         "bytes": tables.total_bytes,
-    }
-
-
-def describe_profile(profile: PopularityProfile) -> dict[str, Any]:
-    """The profile as the report has it, with a skew curve per table of more than one row."""
-    skew = []
-    for table in profile.tables:
-        counts = profile.counts[table.name]
-        if table.rows > 1 and counts.any():
-            row_share, access_share = skew_curve(counts)
-            skew.append({"table": table.name, "rows": table.rows, "row_share": row_share.tolist(), "access_share": access_share.tolist()})
-    return {
-        "fingerprint": profile.fingerprint,
-        "num_samples": profile.num_samples,
-        "total_samples": profile.total_samples,
-        "sample_rate": profile.sample_rate,
-        "probe_samples": profile.probe.num_samples,
-        "probe_held_out": profile.probe.held_out,
-        "skew": skew,
     }
 
 
@@ -129,9 +97,12 @@ def describe_placement(config: RunConfig, profile: PopularityProfile, hot_set: H
         "stock_tables": list(config.placement.stock_tables),
         "hot_rows": sum(placement.hot_rows(name) for name in tables.names),
         "pinned": [] if hot_set is None else list(hot_set.pinned),
+        "policy": None if hot_set is None else hot_set.policy,
         "threshold": None if hot_set is None else hot_set.threshold,
+        "resolution": None if hot_set is None else {"reached": hot_set.resolution_reached, "resolving_rate": hot_set.resolving_rate},
         "coverage": placement.coverage,
         "hot_inputs": placement.hot_inputs,
+        "hot_inputs_interval": list(placement.hot_inputs_interval),
         "per_table": [
             {
                 "table": table.name,
@@ -144,7 +115,14 @@ def describe_placement(config: RunConfig, profile: PopularityProfile, hot_set: H
             for table in tables
         ],
         "curve": [
-            {"used_bytes": used, "byte_share": used / most, "hot_inputs": hot_inputs, "coverage": coverage}
-            for used, hot_inputs, coverage in hot_inputs_curve(profile, budgets, pinned)
+            {
+                "used_bytes": point.used_bytes,
+                "byte_share": point.used_bytes / most,
+                "hot_inputs": point.hot_inputs,
+                "low": point.hot_inputs_interval[0],
+                "high": point.hot_inputs_interval[1],
+                "coverage": point.coverage,
+            }
+            for point in hot_inputs_curve(profile, budgets, pinned, policy=config.placement.policy)
         ],
     }

@@ -6,17 +6,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import Optimizer
+from fae_torchrec.data_config import DATA_PATHS, DataConfig
 from fae_torchrec.schema import merge, read_mapping, read_override, read_section, within
 
 _NUMBER = r"([0-9]*\.?[0-9]+)"
 _UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
-_PATHS = ("data.parquet.train", "data.parquet.test", "data.parquet.cardinalities", "profile.path", "placement.path")
+_PATHS = (*DATA_PATHS, "profile.path", "placement.path")
 """Keys whose relative paths are relative to the config file (`output` is relative to the current folder)."""
 
 
@@ -45,62 +46,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
-    """Generated samples shaped like Criteo Kaggle or Criteo Terabyte; `scale` multiplies the published row counts."""
-
-    dataset: Literal["kaggle", "terabyte"] = "kaggle"
-    scale: float = within(0.01, 0, 1, above=True)
-    train_samples: int = within(262_144, 1)
-    test_samples: int = within(32_768, 1)
-    seed: int = within(0, 0)
-
-
-@dataclass(frozen=True)
-class ParquetConfig:
-    """Samples in two Parquet files; `cardinalities` (rows by sparse column) is a mapping or the path of a JSON file holding one."""
-
-    train: str
-    test: str
-    sparse: tuple[str, ...]
-    label: str
-    cardinalities: Mapping[str, int] = field(metadata={"read": lambda value: _cardinalities(value)})
-    dense: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.sparse:
-            raise ConfigError("data.parquet.sparse: received no columns; name at least one column of ids")
-        missing = [name for name in self.sparse if name not in self.cardinalities]
-        if missing:
-            raise ConfigError(
-                f"data.parquet.cardinalities: no row count for the sparse columns {missing}; it has {sorted(self.cardinalities)}; "
-                "add the number of rows of each table"
-            )
-        low = {name: rows for name, rows in self.cardinalities.items() if rows < 1}
-        if low:
-            raise ConfigError(f"data.parquet.cardinalities: received {low}; a table has at least 1 row")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where samples come from: exactly one source."""
-
-    synthetic: SyntheticConfig | None = None
-    parquet: ParquetConfig | None = None
-
-    def __post_init__(self) -> None:
-        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
-        if len(given) != 1:
-            raise ConfigError(
-                f"data: received {' and '.join(given) if given else 'no source'}; give exactly one of {[f.name for f in fields(self)]}"
-            )
-
-
-@dataclass(frozen=True)
 class ProfileConfig:
-    """How popularity is measured: a Bernoulli sample of the train inputs, or a saved profile (`path`)."""
+    """How popularity is measured: a Bernoulli sample of the train inputs, or a saved profile (`path`).
+
+    Attributes:
+        sample_rate: the chance of an input to be counted; FAE found 5 % to be enough.
+        seed: of the sampling.
+        keep_inputs: counted inputs kept whole at most, for the selection.
+        fresh_inputs: inputs not counted kept whole at most, for the estimate of hot inputs.
+        workers: processes that read and count; the profile is the same for any number.
+        path: a saved profile, instead of measuring one.
+    """
 
     sample_rate: float = within(0.05, 0, 1, above=True)
     seed: int = within(7, 0)
+    keep_inputs: int = within(131_072, 1)
+    fresh_inputs: int = within(65_536, 1)
+    workers: int = within(1, 1)
     path: str | None = None
 
 
@@ -111,6 +73,8 @@ class PlacementConfig:
     Attributes:
         budget: bytes of the hot rows, weights and optimizer state: what a rank holds of a replicated hot tier, what all ranks hold
             together of a sharded one. A percentage is of all placed tables.
+        policy: rows that together make the most inputs all hot, or FAE's access threshold.
+        sizes: whether `threshold` tallies all counts or estimates sizes from chunks of the tables, as FAE does.
         pinned_max_rows: tables of at most so many rows are always hot.
         path: a saved placement, instead of selecting one.
         hot_tier: every rank holds every hot row, or the stock planner spreads them by table or (on CUDA) by row.
@@ -119,6 +83,8 @@ class PlacementConfig:
     """
 
     budget: int | str = "10%"
+    policy: Literal["input_aware", "threshold"] = "input_aware"
+    sizes: Literal["exact", "estimated"] = "exact"
     pinned_max_rows: int = within(1024, 0)
     path: str | None = None
     hot_tier: Literal["replicated", "table_wise", "row_wise"] = "replicated"
@@ -262,16 +228,13 @@ def _resolve(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         section: Any = values
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get(name), str) and "://" not in section[name]:
-            section[name] = str(folder / Path(section[name]).expanduser())
+        if isinstance(section, dict) and name in section:
+            section[name] = _absolute(section[name], folder)
     return values
 
 
-def _cardinalities(value: Any) -> Any:
-    """The mapping itself, or the one in the JSON file it names."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"data.parquet.cardinalities: {value} is not a readable JSON file ({error}); give rows by column name") from None
+def _absolute(value: Any, folder: Path) -> Any:
+    """A path, or each of a list of paths, relative to `folder`; anything else as it is."""
+    if isinstance(value, list):
+        return [_absolute(item, folder) for item in value]
+    return str(folder / Path(value).expanduser()) if isinstance(value, str) and "://" not in value else value

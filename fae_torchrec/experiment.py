@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,20 +15,18 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
 
 from fae_torchrec.config import RunConfig
-from fae_torchrec.core.errors import ConfigError, DataError, FAEError
+from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.core.hot_set import HotSet, select_hot_set
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.core.tables import TableSet
-from fae_torchrec.data.batches import BatchSource
-from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.data.dataloader import HotColdDataLoader
-from fae_torchrec.data.parquet import ParquetSource
 from fae_torchrec.data.segregate import check_ids
-from fae_torchrec.data.synthetic import SyntheticCriteo
 from fae_torchrec.distributed.process_group import gather_counts
 from fae_torchrec.distributed.sharder import get_fae_sharders
+from fae_torchrec.experiment_data import ExperimentData, open_data
+from fae_torchrec.experiment_profile import make_profile, output_folder
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import audit
 from fae_torchrec.training.checkpoint import load_checkpoint, save_checkpoint
@@ -42,47 +37,6 @@ from fae_torchrec.training.shard import build_optimizer, fae_planner, shard_mode
 from fae_torchrec.training.trainer import Trainer, TrainOptions
 
 _PROFILE_BATCH = 8192
-
-
-@dataclass(frozen=True)
-class ExperimentData:
-    """The samples of an experiment.
-
-    Attributes:
-        name: what the data are, with everything that decides them.
-        train: training samples.
-        test: test samples.
-        rows: feature -> rows of its table, in the order of the features.
-    """
-
-    name: str
-    train: BatchSource
-    test: BatchSource
-    rows: Mapping[str, int]
-
-
-def open_data(config: RunConfig) -> ExperimentData:
-    """Opens the configured data; reads no sample yet.
-
-    Raises:
-        ConfigError: a file or column is missing, or the model has no dense column to work on.
-    """
-    parquet, synthetic = config.data.parquet, config.data.synthetic
-    if synthetic is not None:
-        criteo = partial(SyntheticCriteo, synthetic.dataset, scale=synthetic.scale, seed=synthetic.seed)
-        train, test = criteo(num_samples=synthetic.train_samples), criteo(num_samples=synthetic.test_samples, split="test")
-        name = f"synthetic {synthetic.dataset} x {synthetic.scale:g}, seed {synthetic.seed}, {synthetic.train_samples} samples"
-        return ExperimentData(name, train, test, train.cardinalities)
-    assert parquet is not None  # DataConfig has exactly one source
-    if not parquet.dense:
-        raise ConfigError("data.parquet.dense: received no columns; the dlrm model needs at least one dense column")
-    rows = {feature: parquet.cardinalities[feature] for feature in parquet.sparse}
-    open_file = partial(ParquetSource, dense=parquet.dense, sparse=parquet.sparse, label=parquet.label, tables_rows=rows)
-    sources = [open_file(path) for path in (parquet.train, parquet.test)]
-    # With its time of writing: a profile of a file that was replaced since is not of these data.
-    written = datetime.fromtimestamp(os.stat(parquet.train).st_mtime, timezone.utc).isoformat()
-    name = f"parquet {os.path.abspath(parquet.train)}, {sources[0].num_samples} samples, written {written}"
-    return ExperimentData(name, sources[0], sources[1], rows)
 
 
 def experiment_tables(config: RunConfig, data: ExperimentData) -> TableSet:
@@ -103,50 +57,15 @@ def placed_tables(config: RunConfig, data: ExperimentData) -> TableSet:
         raise ConfigError(f"placement.stock_tables: {error}; name tables of the model, and not all of them") from None
 
 
-def make_profile(config: RunConfig, data: ExperimentData, tables: TableSet, *, show_progress: bool = False) -> PopularityProfile:
-    """Loads the profile that the config names, or the one in the output folder if it is of the same data and sampling, or measures it.
-
-    Raises:
-        FingerprintError: the named profile is of other tables.
-        DataError: an id is out of its table's range.
-    """
-    wanted = (data.name, config.profile.sample_rate, config.profile.seed)
-    kept = Path(config.output, "profile.npz")
-    if config.profile.path is not None:
-        return PopularityProfile.load(config.profile.path).for_tables(tables)
-    if kept.is_file():
-        try:
-            profile = PopularityProfile.load(kept).for_tables(tables)
-        except FAEError:
-            profile = None  # of an earlier experiment in the same folder: measured anew
-        if profile is not None and (profile.source, profile.sample_rate, profile.seed) == wanted:
-            return profile
-    calibrator = Calibrator(tables, sample_rate=config.profile.sample_rate, seed=config.profile.seed)
-    batches = data.train.batches(_PROFILE_BATCH)
-    profile = calibrator.run(batches, source=data.name, progress=show_progress, total=data.train.num_samples)
-    save_profile(config, profile)
-    return profile
-
-
-def save_profile(config: RunConfig, profile: PopularityProfile) -> Path:
-    """Writes the profile to the output folder; returns its path.
-
-    Raises:
-        ConfigError: the folder cannot be made or written to.
-    """
-    path = _folder(config) / "profile.npz"
-    profile.save(path)
-    return path
-
-
 def make_hot_set(config: RunConfig, profile: PopularityProfile) -> HotSet:
     """Selects the hot set under the configured budget.
 
     Raises:
         BudgetError: the budget cannot hold the tables that are always hot.
     """
-    budget = config.placement.budget_bytes(profile.tables.total_bytes)
-    return select_hot_set(profile, budget, pinned_max_rows=config.placement.pinned_max_rows)
+    options = config.placement
+    budget = options.budget_bytes(profile.tables.total_bytes)
+    return select_hot_set(profile, budget, policy=options.policy, pinned_max_rows=options.pinned_max_rows, sizes=options.sizes)
 
 
 def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) -> tuple[RowPlacement, Path]:
@@ -161,7 +80,7 @@ def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) 
     else:
         assert hot_set is not None
         placement = RowPlacement.from_hot_set(hot_set)
-    path = _folder(config) / "placement.npz"
+    path = output_folder(config) / "placement.npz"
     placement.save(path)
     return placement, path
 
@@ -331,12 +250,3 @@ def _model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any
         config.train.seed,
         device,
     )
-
-
-def _folder(config: RunConfig) -> Path:
-    folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output: cannot make the folder {folder} ({error}); give one that can be written to") from error
-    return folder

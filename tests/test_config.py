@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fae_torchrec.config import CompareConfig, PlacementConfig, RunConfig, SyntheticConfig, load_config, parse_bytes
+from fae_torchrec.config import CompareConfig, PlacementConfig, RunConfig, load_config, parse_bytes
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import Optimizer
+from fae_torchrec.data_config import SyntheticConfig
 
 SYNTHETIC = "data: {synthetic: {dataset: kaggle, scale: 0.5}}\n"
 

@@ -1,4 +1,4 @@
-"""Which rows are hot: one access threshold over all tables, converged to a budget of bytes."""
+"""Which rows are hot: what to select under a budget of bytes, and the savable result."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fae_torchrec.core.archive import load_archive, save_archive
-from fae_torchrec.core.errors import BudgetError, ConfigError
+from fae_torchrec.core.candidates import Candidates
+from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.fingerprint import fingerprint
-from fae_torchrec.core.histogram import count_levels
+from fae_torchrec.core.input_aware import hot_input_count, input_aware_masks
 from fae_torchrec.core.popularity import PopularityProfile
+from fae_torchrec.core.resolution import resolution
 from fae_torchrec.core.row_ids import checked_hot_ids, hot_bytes
-from fae_torchrec.core.tables import TableSet, TableSpec
+from fae_torchrec.core.statistical_optimizer import StatisticalOptimizer
+from fae_torchrec.core.tables import TableSet
+from fae_torchrec.core.threshold import ThresholdChoice, ThresholdSelector
 
 _KIND = "hot set"
+
+Policy = Literal["input_aware", "threshold"]
+POLICIES: tuple[Policy, ...] = ("input_aware", "threshold")
+Sizes = Literal["exact", "estimated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +39,13 @@ class HotSet:
         pinned: names of the tables that are all hot because they are small.
         budget_bytes: fast memory per rank that was allowed (weights and optimizer state).
         used_bytes: fast memory per rank that the hot rows take.
-        threshold: accesses; every row with at least as many is hot.
-        policy: how it was selected, "threshold".
+        policy: how it was selected, "input_aware" or "threshold".
+        threshold: per cent of its table's accesses that make a row hot; None if no threshold was set (`input_aware`).
         coverage: share of counted accesses that are hot, 0..1.
-        hot_inputs: share of the profile's probe that is all hot, 0..1.
+        hot_inputs: share of inputs that are all hot, 0..1, estimated on inputs that were not counted, if there are any.
+        hot_inputs_interval: ends of its interval (`estimate.CONFIDENCE`).
+        resolution_reached: whether the budget ends among rows that the sample saw once or not at all, which it cannot tell apart.
+        resolving_rate: sampling rate that would tell them apart, roughly; the profile's own if it does.
         profile_fingerprint: the parent.
 
     Raises:
@@ -45,10 +57,13 @@ class HotSet:
     pinned: tuple[str, ...]
     budget_bytes: int
     used_bytes: int
-    threshold: int
     policy: str
+    threshold: float | None
     coverage: float
     hot_inputs: float
+    hot_inputs_interval: tuple[float, float]
+    resolution_reached: bool
+    resolving_rate: float
     profile_fingerprint: str
 
     def __post_init__(self) -> None:
@@ -77,10 +92,13 @@ class HotSet:
                 "pinned": list(self.pinned),
                 "budget_bytes": self.budget_bytes,
                 "used_bytes": self.used_bytes,
-                "threshold": self.threshold,
                 "policy": self.policy,
+                "threshold": self.threshold,
                 "coverage": self.coverage,
                 "hot_inputs": self.hot_inputs,
+                "hot_inputs_interval": list(self.hot_inputs_interval),
+                "resolution_reached": self.resolution_reached,
+                "resolving_rate": self.resolving_rate,
                 "profile_fingerprint": self.profile_fingerprint,
             },
             arrays={"hot_ids": self.hot_ids},
@@ -99,127 +117,171 @@ class HotSet:
             path,
             _KIND,
             lambda fields, arrays: cls(
-                **{**fields, "tables": TableSet.from_json(fields["tables"]), "pinned": tuple(fields["pinned"]), **arrays}
+                **{
+                    **fields,
+                    "tables": TableSet.from_json(fields["tables"]),
+                    "pinned": tuple(fields["pinned"]),
+                    "hot_inputs_interval": tuple(fields["hot_inputs_interval"]),
+                    **arrays,
+                }
             ),
         )
 
 
-def select_hot_set(profile: PopularityProfile, budget_bytes: int, *, pinned_max_rows: int = 1024) -> HotSet:
-    """Selects the hot rows by one access threshold over all tables (FAE's Statistical Optimizer, FAE §4.1).
+def select_hot_set(
+    profile: PopularityProfile,
+    budget_bytes: int,
+    *,
+    policy: Policy = "input_aware",
+    pinned_max_rows: int = 1024,
+    sizes: Sizes = "exact",
+) -> HotSet:
+    """Selects the hot rows under a budget of bytes.
 
-    Small tables are pinned: all hot whatever their counts, since one unseen value of a tiny table would make a whole input cold.
-    Over all other tables the threshold is the smallest t >= 1 for which the rows with at least t accesses fit in what is left of
-    the budget. What is then left is filled with rows of t-1 accesses (if that is at least 1) in table order, then by id; a table
-    whose next row does not fit is passed over. A row that the profile never saw is not hot, however large the budget.
+    Small tables are pinned: all hot whatever their counts, since one unseen value of a tiny table would make a whole input cold. Among
+    all other rows that were seen:
 
-    FAE finds the threshold by trying values and estimating sizes from samples of the tables; with exact counts at hand it is read
-    off the bytes at every distinct count. Time is a few passes over the counts; memory is 8 bytes per hot row, and in passing at
-    most 10 bytes per row of one table.
+    - `input_aware` takes those that together make the most inputs all hot (`input_aware.input_aware_masks`); if `threshold` makes more of
+      the profile's counted inputs hot, it returns that set.
+    - `threshold` takes every row with at least t per cent of its table's accesses, t as small as the budget allows, as FAE's Statistical
+      Optimizer does (FAE §4.1); what is left is filled with rows just below (`threshold.ThresholdSelector`). A cutoff below one counted
+      access is "seen once", and `resolution_reached` says so.
+
+    A row that the profile never saw is not hot, however large the budget. An input is hot only if all its ids are, those of a multi-hot
+    bag too: the policies see whole inputs, so a bag is hot only if all of it is.
 
     Args:
-        profile: the counts.
+        profile: the counts and the inputs.
         budget_bytes: fast memory per rank, weights and optimizer state.
+        policy: "input_aware" or "threshold".
         pinned_max_rows: tables of at most so many rows are pinned; 0 pins none.
+        sizes: how `threshold` knows how many rows a threshold makes hot: "exact" tallies all counts (as cheap here as it gets);
+            "estimated" is FAE's way, 35 random chunks of 1,024 rows of each table, the upper end of their interval held against the
+            budget, which leaves a part of it unused (`statistical_optimizer`).
 
     Returns:
         The hot set; its `used_bytes` are at most `budget_bytes`.
 
     Raises:
         BudgetError: the pinned tables alone exceed the budget; says what they need.
-        ConfigError: `pinned_max_rows` is negative.
+        ConfigError: `pinned_max_rows` is negative, or there is no such policy or way to know sizes.
     """
-    return _Selector(profile, pinned_max_rows).select(budget_bytes)
+    if sizes not in ("exact", "estimated"):
+        raise ConfigError(f"sizes {sizes!r} is not one of ['exact', 'estimated']; name one of those")
+    return _select(profile, [budget_bytes], policy, pinned_max_rows, sizes == "estimated")[0]
+
+
+class CurvePoint(NamedTuple):
+    """What a budget buys: bytes used, hot inputs with the ends of their interval, coverage (shares 0..1)."""
+
+    used_bytes: int
+    hot_inputs: float
+    hot_inputs_interval: tuple[float, float]
+    coverage: float
 
 
 def hot_inputs_curve(
-    profile: PopularityProfile, budgets_bytes: Sequence[int], pinned_max_rows: int = 1024
-) -> list[tuple[int, float, float]]:
+    profile: PopularityProfile, budgets_bytes: Sequence[int], pinned_max_rows: int = 1024, *, policy: Policy = "input_aware"
+) -> list[CurvePoint]:
     """How hot inputs and coverage grow with the budget, for the picture (FAE Fig. 5).
 
     Args:
-        profile: the counts.
-        budgets_bytes: budgets of fast memory per rank, in any order.
+        profile: the counts and the inputs.
+        budgets_bytes: budgets of fast memory per rank, in any order; all are selected in one go.
         pinned_max_rows: as in `select_hot_set`.
+        policy: as in `select_hot_set`.
 
     Returns:
-        One (used_bytes, hot_inputs, coverage) per budget, in the order given.
+        One point per budget, in the order given.
 
     Raises:
         BudgetError: a budget is smaller than the pinned tables.
-        ConfigError: `pinned_max_rows` is negative.
+        ConfigError: `pinned_max_rows` is negative, or there is no such policy.
     """
-    selector = _Selector(profile, pinned_max_rows)  # the counts are tallied once for all budgets
-    selected = (selector.select(budget) for budget in budgets_bytes)
-    return [(hot_set.used_bytes, hot_set.hot_inputs, hot_set.coverage) for hot_set in selected]
+    selected = _select(profile, budgets_bytes, policy, pinned_max_rows)
+    return [CurvePoint(hot.used_bytes, hot.hot_inputs, hot.hot_inputs_interval, hot.coverage) for hot in selected]
 
 
-def pinned_tables(tables: TableSet, pinned_max_rows: int = 1024) -> tuple[TableSpec, ...]:
-    """The tables that are always all hot; the sum of their `total_bytes` is the smallest budget that `select_hot_set` accepts.
+class ThresholdPoint(NamedTuple):
+    """What an access threshold (per cent of a table's accesses) makes hot; shares 0..1."""
+
+    threshold_percent: float
+    used_bytes: int
+    hot_rows: int
+    hot_inputs: float
+    hot_inputs_interval: tuple[float, float]
+    coverage: float
+
+
+def threshold_curve(profile: PopularityProfile, pinned_max_rows: int = 1024, points: int = 24) -> list[ThresholdPoint]:
+    """Hot inputs and hot rows against FAE's access threshold, without a budget (the figure FAE chooses its threshold by).
+
+    Args:
+        profile: the counts and the inputs.
+        pinned_max_rows: as in `select_hot_set`.
+        points: thresholds at most, from the most accessed row's down to "seen once", evenly spaced on a logarithmic axis.
+
+    Returns:
+        Points of descending threshold; the last is where every seen row is hot: no sample of this rate resolves smaller thresholds.
 
     Raises:
         ConfigError: `pinned_max_rows` is negative.
     """
-    if pinned_max_rows < 0:
-        raise ConfigError(f"pinned_max_rows must be at least 0, received {pinned_max_rows}")
-    return tuple(table for table in tables if table.rows <= pinned_max_rows)
+    candidates = Candidates(profile, pinned_max_rows)
+    selector = ThresholdSelector(candidates)
+    if not len(selector.levels):
+        return []
+    wanted = np.geomspace(selector.levels[0], selector.levels[-1], points)
+    levels = selector.levels[np.unique(np.searchsorted(-selector.levels, -wanted * (1 - 1e-9), side="right") - 1)]
+    curve = []
+    for level in levels.tolist():
+        hot_ids = candidates.hot_ids(selector.at(level))
+        share = profile.hot_inputs(hot_ids)
+        rows = sum(len(ids) for ids in hot_ids.values())
+        used = hot_bytes(profile.tables, hot_ids)
+        curve.append(ThresholdPoint(level, used, rows, share.value, (share.low, share.high), profile.coverage(hot_ids)))
+    return curve
 
 
-class _Selector:
-    """A profile's rows by access count: tallied once, cut at any budget.
+def _select(
+    profile: PopularityProfile, budgets_bytes: Sequence[int], policy: str, pinned_max_rows: int, estimate_sizes: bool = False
+) -> list[HotSet]:
+    """One hot set per budget."""
+    if policy not in POLICIES:
+        raise ConfigError(f"policy {policy!r} is not one of {list(POLICIES)}; name one of those")
+    candidates = Candidates(profile, pinned_max_rows)
+    rooms = [candidates.room(budget) for budget in budgets_bytes]
+    selector = ThresholdSelector(candidates)
+    choices = [selector.select(room, _estimated_threshold(candidates, room) if estimate_sizes else 0.0) for room in rooms]
+    if policy == "input_aware":
+        for number, aware in enumerate(input_aware_masks(candidates, rooms)):
+            by_threshold, by_inputs = (hot_input_count(candidates, hot) for hot in (choices[number].hot, aware))
+            if by_inputs >= by_threshold:
+                choices[number] = ThresholdChoice(aware, None)
+    return [_hot_set(candidates, budget, policy, choice) for budget, choice in zip(budgets_bytes, choices, strict=True)]
 
-    levels int64 [L]: the distinct counts in all tables that are not pinned, descending; bytes_to int64 [L]: bytes of
-    their rows with at least so many accesses.
-    """
 
-    def __init__(self, profile: PopularityProfile, pinned_max_rows: int) -> None:
-        self.profile = profile
-        self.pinned = pinned_tables(profile.tables, pinned_max_rows)
-        self.others = tuple(table for table in profile.tables if table.rows > pinned_max_rows)
-        tallies = [(count_levels(profile.counts[table.name]), table.row_bytes) for table in self.others]
-        every_level = np.concatenate([levels for (levels, _), _ in tallies] or [np.zeros(0, dtype=np.int64)])
-        every_bytes = np.concatenate([rows_at * row_bytes for (_, rows_at), row_bytes in tallies] or [np.zeros(0, dtype=np.int64)])
-        ascending, level_of = np.unique(every_level, return_inverse=True)
-        bytes_at = np.zeros(len(ascending), dtype=np.int64)
-        np.add.at(bytes_at, level_of, every_bytes)
-        self.levels = ascending[::-1]
-        self.bytes_to = np.cumsum(bytes_at[::-1])
+def _estimated_threshold(candidates: Candidates, room: int) -> float:
+    optimizer = StatisticalOptimizer(candidates.profile, [table.name for table in candidates.tables], candidates.profile.seed)
+    return optimizer.search(room).threshold_percent
 
-    def select(self, budget_bytes: int) -> HotSet:
-        profile, tables = self.profile, self.profile.tables
-        left = budget_bytes - self._pinned_bytes(budget_bytes)
-        fitting = int(np.searchsorted(self.bytes_to, left, side="right"))
-        # Bytes only change at a level, so the smallest threshold that fits is just above the first level that does not; and it is 1 whether
-        # rows of level 0 fit or not.
-        threshold = int(self.levels[fitting]) + 1 if fitting < len(self.levels) else 1
-        left -= int(self.bytes_to[fitting - 1]) if fitting else 0
 
-        hot_ids = {table.name: np.arange(table.rows, dtype=np.int64) for table in self.pinned}
-        for table in self.others:
-            counts = profile.counts[table.name]
-            hot = counts >= threshold
-            if threshold > 1:
-                ties = np.flatnonzero(counts == threshold - 1)[: left // table.row_bytes]
-                hot[ties] = True
-                left -= len(ties) * table.row_bytes
-            hot_ids[table.name] = np.flatnonzero(hot)
-        return HotSet(
-            tables=tables,
-            hot_ids=hot_ids,
-            pinned=tuple(table.name for table in self.pinned),
-            budget_bytes=budget_bytes,
-            used_bytes=hot_bytes(tables, hot_ids),
-            threshold=threshold,
-            policy="threshold",
-            coverage=profile.coverage(hot_ids),
-            hot_inputs=profile.hot_inputs(hot_ids),
-            profile_fingerprint=profile.fingerprint,
-        )
-
-    def _pinned_bytes(self, budget_bytes: int) -> int:
-        needed = sum(table.total_bytes for table in self.pinned)
-        if needed > budget_bytes:
-            raise BudgetError(
-                f"the budget of {budget_bytes} bytes cannot hold the {len(self.pinned)} pinned tables, which need {needed} bytes (weights "
-                f"and optimizer state); give at least {needed} bytes, or pin fewer tables with a smaller pinned_max_rows"
-            )
-        return needed
+def _hot_set(candidates: Candidates, budget_bytes: int, policy: str, choice: ThresholdChoice) -> HotSet:
+    profile, hot_ids = candidates.profile, candidates.hot_ids(choice.hot)
+    share = profile.hot_inputs(hot_ids)
+    resolved = resolution(profile, [table.name for table in candidates.tables], candidates.room(budget_bytes))
+    return HotSet(
+        tables=profile.tables,
+        hot_ids=hot_ids,
+        pinned=tuple(table.name for table in candidates.pinned),
+        budget_bytes=budget_bytes,
+        used_bytes=hot_bytes(profile.tables, hot_ids),
+        policy=policy,
+        threshold=choice.threshold,
+        coverage=profile.coverage(hot_ids),
+        hot_inputs=share.value,
+        hot_inputs_interval=(share.low, share.high),
+        resolution_reached=resolved.reached,
+        resolving_rate=resolved.resolving_rate,
+        profile_fingerprint=profile.fingerprint,
+    )

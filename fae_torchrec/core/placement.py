@@ -33,6 +33,7 @@ class RowPlacement:
         budget_bytes: fast memory per rank that the hot set was selected for (weights and optimizer state).
         hot_inputs: predicted share of samples that are all hot, 0..1.
         coverage: share of counted accesses that are hot, 0..1.
+        hot_inputs_interval: ends of the interval of `hot_inputs` (`estimate.CONFIDENCE`).
 
     Raises:
         DataError: the hot ids of a table are missing, out of order, repeated or out of range.
@@ -44,6 +45,7 @@ class RowPlacement:
     budget_bytes: int
     hot_inputs: float
     coverage: float
+    hot_inputs_interval: tuple[float, float] = (0.0, 1.0)
     _masks: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class RowPlacement:
             budget_bytes=hot_set.budget_bytes,
             hot_inputs=hot_set.hot_inputs,
             coverage=hot_set.coverage,
+            hot_inputs_interval=hot_set.hot_inputs_interval,
         )
 
     def hot_rows(self, table: str) -> int:
@@ -143,6 +146,7 @@ class RowPlacement:
                 "budget_bytes": self.budget_bytes,
                 "hot_inputs": self.hot_inputs,
                 "coverage": self.coverage,
+                "hot_inputs_interval": list(self.hot_inputs_interval),
             },
             arrays={"hot_ids": self.hot_ids},
         )
@@ -156,4 +160,15 @@ class RowPlacement:
             DataError: the file is damaged or holds something else.
             FingerprintError: the content is not what was saved.
         """
-        return load_archive(path, _KIND, lambda fields, arrays: cls(**{**fields, "tables": TableSet.from_json(fields["tables"]), **arrays}))
+        return load_archive(
+            path,
+            _KIND,
+            lambda fields, arrays: cls(
+                **{
+                    **fields,
+                    "tables": TableSet.from_json(fields["tables"]),
+                    "hot_inputs_interval": tuple(fields["hot_inputs_interval"]),
+                    **arrays,
+                }
+            ),
+        )

@@ -16,12 +16,15 @@ class BatchSource(Protocol):
     Attributes:
         feature_names: keys of the KeyedJaggedTensor, in order.
         num_dense: columns of `dense_features`.
-        num_samples: samples in one pass over all ranks.
     """
 
     feature_names: tuple[str, ...]
     num_dense: int
-    num_samples: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in one pass over all ranks."""
+        ...
 
     def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """One pass over this rank's share.

@@ -1,170 +1,170 @@
-"""From a stream of batches to a popularity profile: sample inputs, count their accesses, keep a probe of them."""
+"""From a stream of inputs to a popularity profile: sample inputs, count their accesses, keep some inputs whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import NoReturn
 
 import numpy as np
+import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
-from fae_torchrec.core.errors import ConfigError, DataError
-from fae_torchrec.core.histogram import AccessHistogram
-from fae_torchrec.core.popularity import PopularityProfile, ProbeSample
+from fae_torchrec.core.errors import ConfigError, DataError, FAEError
+from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet
+from fae_torchrec.data.partial_profile import PartialProfile, ProfileTally, Sampling
 from fae_torchrec.data.segregate import check_ids
+from fae_torchrec.data.sharded_source import ShardedSource
+from fae_torchrec.data.skipped_lines import SkippedLines
 
-_MAX_PIECES = 1024  # of the probe between two joins: many small arrays would cost more than what is in them
-
-Bags = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Samples as ids: feature -> (values int64 [ids], lengths int64 [samples])."""
+_PLACE_BITS = 40  # of an input's number within its shard; a file has at most 2**23 shards then
+_GROUPS_PER_WORKER = 4  # shards are dealt in groups: small enough to keep all workers busy to the end, and few to send back
 
 
 class Calibrator:
-    """FAE's Input Sampler and Embedding Logger (FAE §4.1): counts accesses on a small sample of the inputs.
+    """FAE's Input Sampler, Embedding Logger and Profiler (FAE §4.1): counts accesses on a small sample of the inputs.
 
-    Every input draws one uniform number in stream order. It is counted if the number is below `sample_rate`; of the others, those with the
-    `probe_size` smallest numbers are kept whole as the probe. So hot inputs are estimated on inputs that the counts have not seen (rows
-    that only the counted inputs access would pass for popular otherwise), and the profile is a function of the seed and the order of
-    the inputs, not of how they are cut into batches. At a rate of 1 nothing is left out, and the probe is of counted inputs.
+    Every input draws one uniform number and is counted if it is below `sample_rate`. Of the counted inputs and of the others, those with
+    the smallest numbers are kept whole: what a selection is fitted on, and what hot inputs are estimated on. Only inputs that the counts
+    have not seen serve for the estimate (rows that none but the counted inputs access would pass for popular otherwise); at a rate of 1
+    there are none. The numbers of a shard are a Philox stream named by the seed and the shard's number. So the profile is a function of
+    the seed and the data, whatever the batches, workers and ranks.
 
     Args:
         tables: the tables whose accesses are counted.
-        sample_rate: the chance of an input to be sampled, in (0, 1]; FAE found 5 % to be enough.
-        seed: of the sampling.
-        probe_size: inputs kept whole at most. With 65,536 the standard error of hot inputs is at most 0.2 percentage points.
+        sample_rate: the chance of an input to be counted, in (0, 1]; FAE found 5 % to be enough.
+        seed: of the sampling, at least 0.
+        keep_inputs: counted inputs kept whole at most.
+        fresh_inputs: inputs that were not counted, kept whole at most. With 65,536 the interval of hot inputs is at most 1.3 percentage
+            points wide.
 
     Raises:
-        ConfigError: a rate outside (0, 1] or a probe size below 1.
+        ConfigError: a rate outside (0, 1], a negative seed, or a number of inputs below 1.
     """
 
-    def __init__(self, tables: TableSet, *, sample_rate: float = 0.05, seed: int = 7, probe_size: int = 65_536) -> None:
-        if not 0 < sample_rate <= 1:
-            raise ConfigError(f"sample_rate must be above 0 and at most 1, received {sample_rate}")
-        if probe_size < 1:
-            raise ConfigError(f"probe_size must be at least 1 sample, received {probe_size}")
+    def __init__(
+        self, tables: TableSet, *, sample_rate: float = 0.05, seed: int = 7, keep_inputs: int = 131_072, fresh_inputs: int = 65_536
+    ) -> None:
         self.tables = tables
-        self.sample_rate = sample_rate
-        self.seed = seed
-        self.probe_size = probe_size
+        self.sampling = Sampling(sample_rate, seed, keep_inputs, fresh_inputs)
 
-    def run(self, batches: Iterable[Batch], *, source: str = "", progress: bool = False, total: int | None = None) -> PopularityProfile:
-        """Reads all batches once.
+    def run(
+        self,
+        batches: Iterable[Batch | KeyedJaggedTensor],
+        *,
+        source: str = "",
+        progress: bool = False,
+        total: int | None = None,
+    ) -> PopularityProfile:
+        """Reads all batches once; they are one shard.
 
-        Memory is 8 bytes per row of all tables, and about twice the probe. Counting costs what the sampled ids cost; every id is
-        read once to check its range, so that bad data are found here and not in the middle of training.
+        Memory is that of `AccessHistogram` for each table, and about three times the inputs kept. Counting costs what the counted ids
+        cost; every id is read once to check its range, so that bad data are found here and not in the middle of training.
 
         Args:
-            batches: the stream, on the CPU; only `sparse_features` is read. Features that no table looks up are ignored.
+            batches: the stream, on the CPU; only the ids are read. Features that no table looks up are ignored.
             source: where the batches come from, kept in the profile.
             progress: whether to show a bar on stderr.
             total: samples in the stream, if known, for the bar.
 
         Returns:
-            The profile of the sampled inputs.
+            The profile of the counted inputs.
 
         Raises:
-            DataError: nothing was sampled (or, at a rate below 1, everything was), a feature is missing, or an id, sampled or not, is
+            DataError: nothing was counted (or, at a rate below 1, everything was), a feature is missing, or an id, counted or not, is
                 not a row of its table.
         """
-        rng = np.random.default_rng(self.seed)
-        histograms = {table.name: AccessHistogram(table.rows) for table in self.tables}
-        probe = _Reservoir(self.probe_size)
-        held_out = self.sample_rate < 1
-        num_samples = total_samples = 0
-        with tqdm(total=total, desc="calibrate", unit="sample", unit_scale=True, disable=None if progress else True) as bar:
-            for batch in batches:
-                size = batch.sparse_features.stride()
-                try:
-                    check_ids(batch.sparse_features, self.tables)
-                except DataError as error:
-                    raise DataError(f"{source or 'input'}, in the {size} samples after the first {total_samples}: {error}") from error
-                draws = rng.random(size)
-                sampled = draws < self.sample_rate
-                if sampled.any():
-                    bags = _bags_of(batch.sparse_features, self.tables, sampled)
-                    for table, feature in self.tables.lookups:
-                        histograms[table].add(bags[feature][0])
-                candidates = (sampled != held_out) & (draws < probe.limit)
-                if candidates.any():
-                    probe.add(draws[candidates], _bags_of(batch.sparse_features, self.tables, candidates))
-                num_samples += int(sampled.sum())
-                total_samples += size
-                bar.update(size)
-        if not num_samples:
-            raise DataError(
-                f"none of {total_samples} inputs was sampled at sample_rate {self.sample_rate}; give more inputs or a higher rate"
-            )
-        if num_samples == total_samples and held_out:
-            raise DataError(
-                f"all of {total_samples} inputs were sampled at sample_rate {self.sample_rate}, so none is left to estimate hot inputs "
-                "on; give more inputs, a lower rate, or 1 to count all and accept an estimate that is too high"
-            )
-        return PopularityProfile(
-            tables=self.tables,
-            counts={name: histogram.counts for name, histogram in histograms.items()},
-            probe=probe.sample(held_out),
-            num_samples=num_samples,
-            total_samples=total_samples,
-            sample_rate=self.sample_rate,
-            seed=self.seed,
-            source=source,
-        )
+        tally = ProfileTally(self.tables, self.sampling)
+        with _bar(total, progress) as bar:
+            self._count_shard(tally, 0, batches, source or "input", bar)
+        return tally.partial().profile(source)
+
+    def count(self, source: ShardedSource, shards: Iterable[int], *, progress: bool = False) -> PartialProfile:
+        """Counts some shards of a source, such as those of one rank; `PartialProfile.merged` joins what was counted.
+
+        Args:
+            source: the data.
+            shards: numbers of shards, 0..num_shards-1.
+            progress: whether to show a bar on stderr.
+
+        Raises:
+            DataError: as `run`, but counting nothing is no error here; or more lines are malformed than allowed.
+        """
+        shards = list(shards)
+        tally = ProfileTally(self.tables, self.sampling)
+        expected = source.size_hint() * len(shards) // max(source.num_shards, 1)
+        known = source.skipped()
+        with _bar(expected, progress) as bar:
+            for shard in shards:
+                self._count_shard(tally, shard, source.read_shard(shard), f"{source.name}, shard {shard}", bar)
+                tally.add_shard(shard)
+        tally.add_skipped(SkippedLines.since(known, source.skipped(), getattr(source, "max_bad_lines", None)))
+        return tally.partial()
+
+    def run_source(self, source: ShardedSource, *, workers: int = 1, progress: bool = False) -> PopularityProfile:
+        """Reads all shards of a source once, by worker processes if there are several workers; the profile is the same.
+
+        Starting workers takes some seconds, for they import torch; a script needs `if __name__ == "__main__":`, as always with worker
+        processes. Memory of each worker is as that of `run`.
+
+        Args:
+            source: the data; pickled for the workers.
+            workers: processes that count, at least 1. One counts in this process.
+            progress: whether to show a bar on stderr.
+
+        Raises:
+            ConfigError: workers is below 1.
+            DataError: as `run`; or more lines are malformed than allowed, by all workers together.
+            FAEError: a worker was killed.
+        """
+        if workers < 1:
+            raise ConfigError(f"workers must be at least 1, received {workers}")
+        groups = [group.tolist() for group in np.array_split(np.arange(source.num_shards), workers * _GROUPS_PER_WORKER) if len(group)]
+        if min(workers, len(groups)) < 2:
+            return self.count(source, range(source.num_shards), progress=progress).profile(source.name)
+        with _bar(source.size_hint(), progress) as bar:
+            return PartialProfile.merged(self._count_groups(source, groups, min(workers, len(groups)), bar)).profile(source.name)
+
+    def _count_groups(self, source: ShardedSource, groups: list[list[int]], workers: int, bar: tqdm[NoReturn]) -> Iterator[PartialProfile]:
+        """The groups of shards as they are counted by workers."""
+        context = multiprocessing.get_context("forkserver")  # imports torch once for all workers; a fork of this process may deadlock
+        context.set_forkserver_preload([__name__])
+        pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+        try:
+            for future in as_completed([pool.submit(self.count, source, group) for group in groups]):
+                part = future.result()
+                bar.update(part.total_samples)
+                yield part
+        except BrokenProcessPool as error:
+            raise FAEError(
+                f"a worker that counted {source.name} ended without a result: killed, perhaps for lack of memory, or it could not start; "
+                'take fewer workers (1 needs no other process), and see that your script has `if __name__ == "__main__":`'
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _count_shard(
+        self, tally: ProfileTally, shard: int, batches: Iterable[Batch | KeyedJaggedTensor], where: str, bar: tqdm[NoReturn]
+    ) -> None:
+        key = np.random.SeedSequence([self.sampling.seed, shard]).generate_state(2, np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        before = 0
+        for batch in batches:
+            kjt = batch if isinstance(batch, KeyedJaggedTensor) else batch.sparse_features
+            size = kjt.stride()
+            try:
+                check_ids(kjt, self.tables)
+            except DataError as error:
+                raise DataError(f"{where}, in the {size} samples after the first {before}: {error}") from error
+            tally.add_batch(kjt, rng.random(size), (shard << _PLACE_BITS) + before + np.arange(size))
+            before += size
+            bar.update(size)
 
 
-class _Reservoir:
-    """The `size` samples with the smallest draws of all that were added, in the order in which they came."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.limit = np.inf  # draws that are not below it cannot be among the smallest any more
-        self._draws: list[np.ndarray] = []
-        self._bags: list[Bags] = []
-        self._held = 0
-
-    def add(self, draws: np.ndarray, bags: Bags) -> None:
-        self._draws.append(draws)
-        self._bags.append(bags)
-        self._held += len(draws)
-        if self._held >= 2 * self._size or len(self._draws) == _MAX_PIECES:
-            self._shrink()
-
-    def sample(self, held_out: bool) -> ProbeSample:
-        self._shrink()
-        bags = self._bags[0]
-        return ProbeSample(
-            values={feature: values for feature, (values, _) in bags.items()},
-            lengths={feature: lengths for feature, (_, lengths) in bags.items()},
-            num_samples=self._held,
-            held_out=held_out,
-        )
-
-    def _shrink(self) -> None:
-        draws = np.concatenate(self._draws)
-        keep = np.zeros(len(draws), dtype=np.bool_)
-        keep[np.argsort(draws, kind="stable")[: self._size]] = True
-        joined = {
-            feature: (np.concatenate([bags[feature][0] for bags in self._bags]), np.concatenate([bags[feature][1] for bags in self._bags]))
-            for feature in self._bags[0]
-        }
-        self._draws, self._bags, self._held = [draws[keep]], [_all_kept(joined, keep)], int(keep.sum())
-        if self._held == self._size:
-            self.limit = float(self._draws[0].max())
-
-
-def _bags_of(kjt: KeyedJaggedTensor, tables: TableSet, chosen: np.ndarray) -> Bags:
-    """The chosen inputs of a batch, once per feature that some table looks up."""
-    bags = {}
-    for feature in dict.fromkeys(feature for _, feature in tables.lookups):
-        bag = kjt[feature]
-        bags[feature] = _kept(bag.values().numpy().astype(np.int64), bag.lengths().numpy().astype(np.int64), chosen)
-    return bags
-
-
-def _kept(values: np.ndarray, lengths: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return values[np.repeat(keep, lengths)], lengths[keep]
-
-
-def _all_kept(bags: Mapping[str, tuple[np.ndarray, np.ndarray]], keep: np.ndarray) -> Bags:
-    return {feature: _kept(values, lengths, keep) for feature, (values, lengths) in bags.items()}
+def _bar(total: int | None, progress: bool) -> tqdm[NoReturn]:
+    return tqdm(total=total, desc="calibrate", unit="sample", unit_scale=True, disable=None if progress else True)

@@ -12,6 +12,8 @@ from fae_torchrec.core.errors import ConfigError
 
 NUM_DENSE = 13
 NUM_SPARSE = 26
+SPARSE_NAMES = tuple(f"cat_{i}" for i in range(NUM_SPARSE))
+"""The features of all Criteo sources, as in torchrec.datasets.criteo (DEFAULT_CAT_NAMES)."""
 
 KEEP_ROWS = 2_048
 """Tables of at most this many published rows keep their size at every scale, and no larger table shrinks below it: real small tables

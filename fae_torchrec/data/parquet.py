@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from iopath.common.file_io import g_pathmgr
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import ConfigError, DataError
+from fae_torchrec.data.dealing import rank_runs, touched
+from fae_torchrec.data.sharded_source import ShardedSource
 
 _CHUNK_ROWS = 65_536  # rows decoded at a time: large enough to amortise the call, small beside a row group
 
 
-class ParquetSource:
-    """A BatchSource that streams one parquet file in file order (nothing is shuffled).
+class ParquetSource(ShardedSource):
+    """A ShardedSource that streams one parquet file in file order (nothing is shuffled); its shards are the row groups.
 
     Integer columns are one-hot features; lists of integers are multi-hot features, where an empty list is an empty bag. A null is
     never replaced by a guess. Only row groups that hold samples of the rank are read; at most one encoded row group, 65,536
     decoded rows and one batch are in memory.
 
     Args:
-        path: a parquet file; opened here to check that the columns exist and have usable types.
+        path: a parquet file, local or a URI that iopath's `g_pathmgr` knows (fetched whole); opened here to check that the columns
+            exist and have usable types.
         dense: names of numeric or boolean columns, in the order of `dense_features`.
         sparse: names of integer or list-of-integer columns, in the order of the keys.
         label: name of a numeric or boolean column.
@@ -37,6 +42,7 @@ class ParquetSource:
         feature_names: keys of the KeyedJaggedTensor, in order (the sparse columns).
         num_dense: columns of `dense_features`.
         num_samples: rows of the file.
+        name: the file with its rows, size and time of writing.
         path: the file.
 
     Raises:
@@ -68,17 +74,44 @@ class ParquetSource:
         if unsized:
             raise ConfigError(f"no row count for the sparse columns {unsized}; counts are given for {sorted(tables_rows)}; add them")
         self._rows = {name: int(tables_rows[name]) for name in sparse}
-        if not os.path.isfile(self.path):
-            raise ConfigError(f"no parquet file at {self.path}; {_neighbours(self.path)}")
+        self._local = g_pathmgr.get_local_path(self.path)
+        if not os.path.isfile(self._local):
+            raise ConfigError(f"no parquet file at {self.path}; {_neighbours(self._local)}")
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self._local) as file:
                 metadata, schema = file.metadata, file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.path} cannot be read as a parquet file ({error}); write it again") from error
-        self.num_samples = int(metadata.num_rows)
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._group_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._check_schema(schema)
+        status = os.stat(self._local)
+        written = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat(timespec="seconds")
+        self.name = f"parquet {os.path.abspath(self.path)}, {metadata.num_rows} samples, {status.st_size} bytes, written {written}"
+
+    @property
+    def num_shards(self) -> int:
+        """Row groups of the file."""
+        return len(self._group_starts) - 1
+
+    def shard_sizes(self) -> np.ndarray:
+        """Rows of each row group, int64 [num_shards], as the file's metadata say."""
+        sizes: np.ndarray = np.diff(self._group_starts)
+        return sizes
+
+    def size_hint(self) -> int:
+        """Rows of the file, exactly."""
+        return self.num_samples
+
+    def read_shard(self, shard: int) -> Iterator[Batch]:
+        """The rows of one row group in order, in batches of 65,536.
+
+        Raises:
+            DataError: as `batches`.
+        """
+        begin, end = self._group_starts[shard : shard + 2].tolist()
+        starts = np.arange(begin, end, _CHUNK_ROWS)
+        return self._stream(starts, np.minimum(starts + _CHUNK_ROWS, end))
 
     def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """One pass over this rank's share, as BatchSource says.
@@ -95,11 +128,7 @@ class ParquetSource:
             ConfigError: batch_size, rank or world_size is out of range.
             DataError: a null or non-finite number, or an id out of range; names the column and the row (counted from 0 in the file).
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, received {batch_size}")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank must be in 0..world_size-1 and world_size at least 1, received rank={rank}, world_size={world_size}")
-        starts, stops = _runs(self.num_samples, batch_size, rank, world_size)
+        starts, stops = rank_runs(self.num_samples, batch_size, rank, world_size)
         return self._stream(starts, stops)
 
     def _stream(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[Batch]:
@@ -119,13 +148,10 @@ class ParquetSource:
 
     def _chunks(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[int, Any]]:
         """Yields (row number of its first row, record batch) for the row groups that some run touches, in file order."""
-        if not len(starts):
-            return
         begins, ends = self._group_starts[:-1], self._group_starts[1:]
-        nearest = np.minimum(np.searchsorted(stops, begins, side="right"), len(starts) - 1)  # first run that ends after the group begins
-        needed = (starts[nearest] < ends) & (stops[nearest] > begins) & (begins < ends)
+        needed = touched(begins, ends, starts, stops)
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self._local) as file:
                 for group in np.flatnonzero(needed).tolist():
                     first = int(begins[group])
                     for records in file.iter_batches(batch_size=_CHUNK_ROWS, row_groups=[group], columns=self._columns):
@@ -215,22 +241,6 @@ class ParquetSource:
                 allowed = "numbers or booleans"
             if not right:
                 raise DataError(f"{self.path}: column {name!r} has type {kind}; allowed are {allowed}; code the column so")
-
-
-def _runs(num_samples: int, batch_size: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of one rank: run i is [starts[i], stops[i]), int64 each.
-
-    Example for 11 samples, batch size 2 and 2 ranks (5 samples each, row 10 is dropped):
-        rank 0: 0 1 | 4 5 | 8        rank 1: 2 3 | 6 7 | 9
-    """
-    share = num_samples // world_size
-    full, rest = divmod(share, batch_size)
-    sizes = np.full(full + bool(rest), batch_size, dtype=np.int64)
-    if rest:
-        sizes[-1] = rest
-    step_starts = np.arange(len(sizes), dtype=np.int64) * batch_size * world_size
-    starts = step_starts + rank * sizes
-    return starts, starts + sizes
 
 
 def _is_list(kind: Any) -> bool:

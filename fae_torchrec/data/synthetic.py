@@ -25,7 +25,7 @@ Kaggle, +7, -1 and -2 for Terabyte. At 1/100 the small tables, which do not shri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,10 +36,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.data.criteo_shape import NUM_DENSE, NUM_SPARSE, criteo_shape
+from fae_torchrec.data.dealing import rank_runs
 from fae_torchrec.data.planted_model import PlantedModel, sigmoid
+from fae_torchrec.data.sharded_source import ShardedSource
 
 BLOCK_SAMPLES = 2_048
 """Samples are drawn in blocks of this many, each from its own counter range of a Philox stream."""
+
+SHARD_SAMPLES = 32 * BLOCK_SAMPLES
+"""Samples of a shard; the last may be smaller."""
 
 _SPLITS = ("train", "test", "probe")  # "probe" centres the planted model; nobody trains or tests on it.
 _PROBE_BLOCKS = 16
@@ -61,8 +66,8 @@ class SyntheticSamples(NamedTuple):
     probability: npt.NDArray[np.float64]
 
 
-class SyntheticCriteo:
-    """A BatchSource shaped like Criteo Kaggle or Criteo Terabyte: 26 one-hot features, 13 dense features, planted labels.
+class SyntheticCriteo(ShardedSource):
+    """A ShardedSource shaped like Criteo Kaggle or Criteo Terabyte: 26 one-hot features, 13 dense features, planted labels.
 
     Sample i of (dataset, scale, seed, split) is a pure function: batch size, rank and world size only deal the samples. Train and test
     share popularity, ids and the planted model and differ in the draws. (numpy keeps its random streams within a version, and the last
@@ -80,6 +85,7 @@ class SyntheticCriteo:
         feature_names: "cat_0" .. "cat_25", as in TorchRec's own Criteo dataset.
         num_dense: 13.
         num_samples: samples in one pass over all ranks.
+        name: data set, scale, samples, seed and split.
         cardinalities: feature -> rows of its table.
 
     Raises:
@@ -116,6 +122,8 @@ class SyntheticCriteo:
         self._keys = {name: np.random.SeedSequence([*words, i]).generate_state(2, np.uint64) for i, name in enumerate(_SPLITS)}
         self._step, self._offset = _affine_permutations(self._law.rows, np.random.SeedSequence([*words, len(_SPLITS)]))
         self._split: str = split
+        independent = "" if coupled else ", features drawn independently"
+        self.name = f"synthetic criteo {dataset}, scale {scale}, {num_samples} samples, seed {seed}, {split}{independent}"
         probes = [self._draw("probe", block)[:2] for block in range(_PROBE_BLOCKS)]
         probe_ids, probe_dense = np.concatenate([p[0] for p in probes], axis=1), np.concatenate([p[1] for p in probes])
         self.planted_model = PlantedModel.calibrated(self._law.rows, seed, probe_ids, probe_dense, shape.click_rate)
@@ -124,18 +132,35 @@ class SyntheticCriteo:
         """Samples start..stop-1 of the split's endless stream, with their true click probabilities."""
         return next(iter(self._runs([(start, stop)])))
 
+    @property
+    def num_shards(self) -> int:
+        """Runs of 65,536 samples."""
+        return -(-self.num_samples // SHARD_SAMPLES)
+
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard, int64 [num_shards]."""
+        starts = np.arange(self.num_shards, dtype=np.int64) * SHARD_SAMPLES
+        return np.minimum(self.num_samples - starts, SHARD_SAMPLES)
+
+    def size_hint(self) -> int:
+        """The samples, exactly."""
+        return self.num_samples
+
+    def read_shard(self, shard: int) -> Iterator[Batch]:
+        """The samples of one shard as one batch."""
+        start = shard * SHARD_SAMPLES
+        yield self._to_batch(self.samples(start, min(start + SHARD_SAMPLES, self.num_samples)))
+
     def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """One pass over this rank's share, dealt as `BatchSource` says.
 
         Yields:
             Batches of dense [B, 13] float32, a KeyedJaggedTensor of int64 ids with 26 one-hot features, labels [B] float32.
         """
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"batch_size must be at least 1 and 0 <= rank < world_size, received {batch_size}, {rank}, {world_size}")
-        for run in self._runs(_rank_runs(self.num_samples, batch_size, rank, world_size)):
-            yield self._to_batch(run)
+        starts, stops = rank_runs(self.num_samples, batch_size, rank, world_size)
+        return map(self._to_batch, self._runs(zip(starts.tolist(), stops.tolist(), strict=True)))
 
-    def _runs(self, runs: Iterator[tuple[int, int]] | list[tuple[int, int]]) -> Iterator[SyntheticSamples]:
+    def _runs(self, runs: Iterable[tuple[int, int]]) -> Iterator[SyntheticSamples]:
         """Cuts rising runs (start, stop) of samples out of whole blocks; a block that several runs share is drawn once."""
         drawn: tuple[int, SyntheticSamples] | None = None
         for start, stop in runs:
@@ -190,15 +215,6 @@ class SyntheticCriteo:
             offset_per_key=[size * i for i in range(NUM_SPARSE + 1)],
         )
         return Batch(dense_features=torch.from_numpy(run.dense), sparse_features=sparse, labels=torch.from_numpy(run.labels))
-
-
-def _rank_runs(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each of a rank's batches: step k's samples are consecutive and dealt in contiguous runs."""
-    share = num_samples // world_size
-    for done in range(0, share, batch_size):
-        size = min(batch_size, share - done)
-        start = done * world_size + rank * size
-        yield start, start + size
 
 
 def _affine_permutations(rows: npt.NDArray[np.int64], words: np.random.SeedSequence) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

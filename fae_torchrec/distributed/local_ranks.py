@@ -148,6 +148,32 @@ def from_first_rank(make: Callable[[], Any], group: dist.ProcessGroup) -> Any:
     return outcome[0]
 
 
+def merged_on_first_rank(part: Callable[[], Any], merge: Callable[[list[Any]], Any], group: dist.ProcessGroup) -> Any:
+    """What `merge` makes of all ranks' parts, on every rank; the first error of any rank is raised on all. Collective.
+
+    Args:
+        part: called on every rank; what it returns or raises is pickled and sent to rank 0.
+        merge: called on rank 0, from the parts in the order of the ranks to the result.
+        group: the ranks.
+    """
+    mine: list[Any] = [None, None]
+    try:
+        mine[0] = part()
+    except Exception as error:
+        mine[1] = error
+    outcomes: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(mine, outcomes, dst=dist.get_global_rank(group, 0), group=group)
+
+    def merged() -> Any:
+        assert outcomes is not None
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return merge([result for result, _ in outcomes])
+
+    return from_first_rank(merged, group)
+
+
 def quiet_host() -> None:
     """Silences what TorchRec and torch say about their own insides at every start; errors stay."""
     logging.getLogger().setLevel(logging.ERROR)  # TorchRec's planner warns on the root logger

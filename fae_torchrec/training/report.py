@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fae_torchrec.training.report_page import html_report
 from fae_torchrec.training.report_table import text_table
+from fae_torchrec.training.whole_file import write_whole
 
 __all__ = ["html_report", "text_table", "write_json", "write_report"]
 
@@ -25,21 +25,13 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, P
     Returns:
         The paths of report.json and report.html.
     """
-    page = _write(html_report(_finite(report)), Path(folder, "report.html"))
+    page = write_whole(html_report(_finite(report)), Path(folder, "report.html"))
     return write_json(report, Path(folder, "report.json")), page
 
 
 def write_json(values: Mapping[str, Any], path: Path) -> Path:
     """Writes plain values as JSON, whole or not at all; numbers that are not finite become null."""
-    return _write(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n", path)
-
-
-def _write(text: str, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_whole(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n", path)
 
 
 def _finite(value: Any) -> Any:

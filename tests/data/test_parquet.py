@@ -18,6 +18,7 @@ from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.data.parquet import ParquetSource
+from tests.data.text_files import mount
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "completejourney"
 ROWS = {"one": 50, "many": 7}
@@ -40,7 +41,7 @@ def write(folder: Path, data: dict[str, Any], row_group_size: int = 1000) -> Pat
     return path
 
 
-def open_source(path: Path, **changes: Any) -> ParquetSource:
+def open_source(path: Path | str, **changes: Any) -> ParquetSource:
     arguments: dict[str, Any] = {"dense": ["x", "y"], "sparse": ["one", "many"], "label": "label", "tables_rows": ROWS}
     return ParquetSource(path, **{**arguments, **changes})
 
@@ -73,6 +74,23 @@ def test_one_pass_gives_every_row_in_order_and_a_second_the_same(tmp_path: Path)
     assert rows_of(batches) == list(range(23))
     assert rows_of(list(source.batches(5))) == list(range(23))
     assert rows_of(list(pickle.loads(pickle.dumps(source)).batches(100))) == list(range(23))
+
+
+def test_shards_are_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fae_torchrec.data.parquet._CHUNK_ROWS", 4)
+    source = open_source(write(tmp_path, columns(23), row_group_size=9))
+    assert (source.num_shards, source.shard_sizes().tolist(), source.size_hint()) == (3, [9, 9, 5], 23)
+    shards = [[rows_of([batch]) for batch in source.read_shard(shard)] for shard in range(3)]
+    assert shards == [[[0, 1, 2, 3], [4, 5, 6, 7], [8]], [[9, 10, 11, 12], [13, 14, 15, 16], [17]], [[18, 19, 20, 21], [22]]]
+    assert source.skipped() == {}
+    size = (tmp_path / "data.parquet").stat().st_size
+    assert source.name.startswith(f"parquet {tmp_path / 'data.parquet'}, 23 samples, {size} bytes, written 20")
+
+
+def test_a_path_that_iopath_knows(tmp_path: Path) -> None:
+    mount(tmp_path, "parquets://")
+    write(tmp_path, columns(23), row_group_size=9)
+    assert rows_of(list(open_source("parquets://data.parquet").batches(10))) == list(range(23))
 
 
 def test_ranks_are_dealt_contiguous_runs_of_each_step(tmp_path: Path) -> None:

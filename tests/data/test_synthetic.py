@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.hot_set import select_hot_set
-from fae_torchrec.core.popularity import PopularityProfile, ProbeSample
+from fae_torchrec.core.input_sample import InputSample
+from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet, TableSpec
 from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.data.criteo_shape import KEEP_ROWS, SHAPES
@@ -38,12 +39,13 @@ def measured_points(dataset: str, *, coupled: bool) -> list[float]:
     test = SyntheticCriteo(dataset, num_samples=FRESH, split="test", coupled=coupled)  # type: ignore[arg-type]
     dim = SHAPES[dataset].embedding_dim
     tables = TableSet(tuple(TableSpec(f"t_{name}", rows, dim, (name,)) for name, rows in train.cardinalities.items()))
-    profile = Calibrator(tables, sample_rate=1.0, probe_size=1).run(train.batches(65_536))
+    profile = Calibrator(tables, sample_rate=1.0, keep_inputs=1).run(train.batches(65_536))
     ids = test.samples(0, FRESH).ids
     one_hot = np.ones(FRESH, dtype=np.int64)
-    probe = ProbeSample(dict(zip(train.feature_names, ids, strict=True)), dict.fromkeys(train.feature_names, one_hot), FRESH)
-    fresh: PopularityProfile = replace(profile, probe=probe)
-    return [select_hot_set(fresh, round(share * tables.total_bytes)).hot_inputs for share, _ in SHAPES[dataset].published_points]
+    inputs = InputSample(dict(zip(train.feature_names, ids, strict=True)), dict.fromkeys(train.feature_names, one_hot), FRESH)
+    fresh: PopularityProfile = replace(profile, fresh_inputs=inputs)
+    budgets = [round(share * tables.total_bytes) for share, _ in SHAPES[dataset].published_points]
+    return [select_hot_set(fresh, budget, policy="threshold").hot_inputs for budget in budgets]
 
 
 @pytest.mark.parametrize("dataset", ["kaggle", "terabyte"])
@@ -228,3 +230,12 @@ def test_bad_arguments_are_named(options: dict[str, object], says: str) -> None:
         SyntheticCriteo(**{"dataset": "kaggle", "num_samples": 10, **options})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="world_size"):
         next(SMALL.batches(10, rank=2, world_size=2))
+
+
+def test_shards_are_the_samples_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fae_torchrec.data.synthetic.SHARD_SAMPLES", 2 * BLOCK_SAMPLES)
+    source = SyntheticCriteo("kaggle", scale=0.01, num_samples=10_000, seed=3)
+    assert (source.num_shards, source.shard_sizes().tolist(), source.size_hint()) == (3, [4_096, 4_096, 1_808], 10_000)
+    shards = [batch for shard in range(3) for batch in source.read_shard(shard)]
+    assert torch.equal(torch.cat([b.dense_features for b in shards]), torch.from_numpy(SMALL.samples(0, 10_000).dense))
+    assert source.name == "synthetic criteo kaggle, scale 0.01, 10000 samples, seed 3, train"

@@ -6,22 +6,15 @@ import copy
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fae_torchrec.training.report import html_report, text_table, write_report
-from fae_torchrec.training.report_pictures import (
-    MAX_SKEW_TABLES,
-    breakdown_picture,
-    budget_picture,
-    loss_picture,
-    skew_picture,
-    throughput_picture,
-)
+from fae_torchrec.training.report_pictures import breakdown_picture, loss_picture, throughput_picture
 from fae_torchrec.training.report_table import bytes_text, count_text
+from tests.training.html_page import Page
 
 TITLES = [
     "ranks", "placement", "samples/s", "hot inputs %", "hot batches %", "fast-memory bytes", "bytes crossed ranks / sample",
@@ -107,39 +100,6 @@ def report() -> dict[str, Any]:
     }
 
 
-class Page(HTMLParser):
-    """What the tests ask of a page: tables' cells, every address, and whether tags are closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self.addresses: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action", "data")]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("th", "td"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-2:-1] == ["tr"]:  # directly in a cell, not in its <small>
-            self.tables[-1][-1][-1] += data
-
-
 def test_table_by_hand(report: dict[str, Any]) -> None:
     report["runs"] = report["runs"][2:4]
     expected = """
@@ -217,36 +177,33 @@ def test_page_stands_alone_and_escapes(report: dict[str, Any]) -> None:
 
 
 def test_pictures_take_their_colours_from_the_page(report: dict[str, Any]) -> None:
-    for picture in (skew_picture, budget_picture, throughput_picture, breakdown_picture, loss_picture):
-        svg = picture(report)
-        assert svg is not None and svg.startswith("<svg viewBox=") and svg.endswith("</svg>")
-        assert picture(report) == svg, "the same report gives the same bytes"
+    for draw in (throughput_picture, breakdown_picture, loss_picture):
+        picture = draw(report)
+        assert picture is not None
+        svg = picture.svg()
+        assert svg.startswith("<svg viewBox=") and svg.endswith("</svg>")
+        assert picture.svg() == svg, "the same report gives the same bytes"
         assert "var(--ink)" in svg or "var(--soft)" in svg
         assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#000000", "#ffffff"}, "a colour that does not follow the page"
         assert "DejaVu" not in svg
 
 
-def test_skew_draws_the_largest_tables_only(report: dict[str, Any]) -> None:
-    svg = skew_picture(report) or ""
-    assert [name for name in (f"cat_{index}" for index in range(10)) if f">{name} (" in svg] == [
-        f"cat_{index}" for index in range(10 - MAX_SKEW_TABLES, 10)
-    ]
-    assert "The 2 smaller tables are not drawn." in html_report(report)
-
-
-def test_budget_in_use_is_marked(report: dict[str, Any]) -> None:
-    svg = budget_picture(report) or ""
-    assert "in use: 0.68% of all bytes" in svg and "50.4% hot inputs" in svg  # 1,610,612 of 237,677,000 bytes
+def test_the_popularity_of_a_run_is_on_its_page(report: dict[str, Any]) -> None:
+    html = html_report(report)
+    assert "The 2 smaller tables are not drawn" in html
+    assert "in use: 1.54 MiB, 0.68% of all bytes" in html and "hot inputs, 50.4% with what is in use" in html  # of 237,677,000 bytes
 
 
 def test_page_says_on_which_inputs_hot_inputs_are_estimated(report: dict[str, Any]) -> None:
     assert "on the very inputs that were counted, so too high" in html_report(report)
-    report["profile"].update(probe_held_out=True, probe_samples=4096)
+    report["profile"].update(counted_inputs=3276, fresh_inputs=4096)
     assert "Hot inputs: on 4,096 inputs that were not counted." in html_report(report)
 
 
 def test_breakdown_has_a_bar_for_every_kind(report: dict[str, Any]) -> None:
-    svg = breakdown_picture(report) or ""
+    picture = breakdown_picture(report)
+    assert picture is not None
+    svg = picture.svg()
     for label in (
         "stock, 1 rank, mixed",
         "fae, 2 ranks, hot",
