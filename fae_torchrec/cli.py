@@ -13,27 +13,38 @@ from typing import Any
 from fae_torchrec.core.errors import ConfigError, FAEError
 
 _ABOUT = """\
-FAE hot and cold embeddings for TorchRec: keep the rows that most accesses go to in fast memory on every rank, leave the rest in
-host memory, and train on batches that touch hot rows only wherever the data allow.
+FAE hot and cold embeddings for TorchRec: the rows that most accesses go to are hot and lie in fast memory, the others are cold and stay
+in host memory, and training takes batches that touch hot rows only wherever the data allow.
 
-  fae doctor                                            is this environment able to run?
-  fae report --config examples/configs/demo.yaml        how skewed are the data, and what does a budget of fast memory buy?
-  fae compare --config examples/configs/demo.yaml       the whole line, compared with stock TorchRec
+An experiment is one YAML or JSON file: the data, the model, the budget of fast memory. To begin with:
+
+  fae doctor                                        is this environment able to run?
+  fae report --config examples/configs/demo.yaml    how skewed are the accesses, and what does a budget of fast memory buy?
+  fae compare --config examples/configs/demo.yaml   all of it, trained and set beside stock TorchRec
+
+place, report, train and compare measure a profile by themselves if the output folder has none of the same data and sampling.
 """
 _COMMANDS = {
-    "vocabulary": "number the categories of the train data by how often they occur; writes the file that data.coding.vocabulary names",
+    "vocabulary": "number the categories of the train data by how often they occur, once and before all else, if data.coding.method is "
+    "'vocabulary'; writes the file that data.coding.vocabulary names",
     "profile": "count how often each row is accessed, on a sample of the train data; under torchrun the ranks share the work; writes "
     "OUTPUT/profile.npz",
-    "place": "select the hot rows under the budget; writes OUTPUT/profile.npz (if need be) and OUTPUT/placement.npz",
-    "report": "pictures of the access skew and of what a budget buys; writes OUTPUT/popularity.html, popularity.json and PNG files",
+    "place": "select the hot rows under the budget (placement.budget); writes OUTPUT/placement.npz",
+    "report": "picture how skewed the accesses are and which share of the samples a budget makes all hot; writes OUTPUT/popularity.html, "
+    "the same numbers as popularity.json, and the pictures as popularity_*.png",
     "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); writes OUTPUT/train.json",
     "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
     "doctor": "print versions, devices, whether torch, torchrec and fbgemm fit together, and what to install if not",
 }
 _CONFIG_HELP = """\
-The config is a YAML or JSON file with the sections data, model, profile, placement, schedule, train, compare and output; see
-examples/configs/. Any key can be overridden: --set train.epochs=2 --set placement.budget=64MiB
+The config has the sections data, model, profile, placement, schedule, train, compare, and output, the folder for what is written; see
+examples/configs/. The data are one of synthetic, parquet, criteo (its text files), criteo_npy, avazu, taobao, csv. Any key can be
+overridden: --set train.epochs=2 --set placement.budget=64MiB
 """
+_PLACEMENT_HELP = (
+    "stock: TorchRec alone; fae: hot and cold rows, and batches that are all hot; fae-unsegregated: hot and cold rows, and batches in the "
+    "order of the data (default: fae)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,13 +89,18 @@ def _parser() -> argparse.ArgumentParser:
             continue
         command.add_argument("--config", required=True, metavar="FILE", help="the experiment, YAML or JSON")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated")
-        command.add_argument("--output", metavar="DIR", help="folder for what is written (default: `output` of the config)")
+        if name != "vocabulary":
+            command.add_argument("--output", metavar="DIR", help="folder for what is written (default: `output` of the config)")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         command.add_argument(
-            "--max-bad-lines", type=int, metavar="N", help="malformed lines of text to skip and count (default: data.max_bad_lines, 0)"
+            "--max-bad-lines",
+            type=int,
+            metavar="N",
+            help="malformed lines of text files that are skipped and counted; one more ends the command (default: data.max_bad_lines, "
+            "which is 0 if not given)",
         )
         if name == "profile":
-            command.add_argument("--workers", type=int, metavar="N", help="processes that read and count (default: profile.workers, 1)")
+            command.add_argument("--workers", type=int, metavar="N", help="processes that read and count (default: profile.workers)")
             command.add_argument(
                 "--torchrec-stats",
                 action="store_true",
@@ -100,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "compare":
             command.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks (default: compare.ranks)")
         if name == "train":
-            command.add_argument("--placement", choices=("stock", "fae", "fae-unsegregated"), default="fae", help="default: fae")
+            command.add_argument("--placement", choices=("stock", "fae", "fae-unsegregated"), default="fae", help=_PLACEMENT_HELP)
             command.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)")
             command.add_argument("--load", metavar="DIR", help="start from this checkpoint, of any placement and number of ranks")
             command.add_argument("--save", metavar="DIR", help="save the trained model, weights and optimizer; a new folder")
@@ -113,7 +129,7 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
 
     quiet_host()
     config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
-    if arguments.output:
+    if getattr(arguments, "output", None):
         config = replace(config, output=arguments.output)
     if arguments.command == "compare":
         return _compare(arguments, config, command)
@@ -149,10 +165,13 @@ def _profile(arguments: argparse.Namespace, config: Any) -> int:
     from fae_torchrec.distributed.local_ranks import launched_group
     from fae_torchrec.experiment import placed_tables
     from fae_torchrec.experiment_data import open_data
-    from fae_torchrec.experiment_profile import make_cache_statistics, make_profile
+    from fae_torchrec.experiment_profile import make_cache_statistics, make_profile, save_profile
     from fae_torchrec.report_parts import describe_profile
     from fae_torchrec.training.report_table import percent_text
 
+    size = arguments.global_batch_size
+    if size is not None and (size < 1 or not arguments.torchrec_stats):
+        raise ConfigError(f"--global-batch-size: received {size}; give at least 1, and --torchrec-stats with it")
     data = open_data(config)
     tables = placed_tables(config, data)
     show = not arguments.quiet
@@ -161,6 +180,8 @@ def _profile(arguments: argparse.Namespace, config: Any) -> int:
         if group is not None and group.rank():
             return 0
     path = Path(config.output, "profile.npz")
+    if config.profile.path is not None:  # a named one is brought here
+        path = save_profile(config, profile)
     top = [(name, profile.counts[name]) for name in tables.names]
     lines = [
         f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
@@ -170,7 +191,7 @@ def _profile(arguments: argparse.Namespace, config: Any) -> int:
     ]
     described = {**describe_profile(profile), "path": str(path)}
     if arguments.torchrec_stats:
-        statistics, where = make_cache_statistics(config, data, tables, arguments.global_batch_size, show_progress=show)
+        statistics, where = make_cache_statistics(config, data, tables, size, show_progress=show)
         lines += [f"{where}: cache statistics {statistics.fingerprint} for TorchRec's planner"]
         described["torchrec_stats"] = {"path": str(where), **statistics.to_json()}
     _print(arguments, lines, json.dumps(described, indent=1))

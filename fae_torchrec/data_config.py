@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from iopath.common.file_io import g_pathmgr
@@ -22,9 +22,14 @@ DATA_PATHS = (
 """Keys that hold paths, or lists of paths."""
 
 
-def _rows_file(key: str) -> Any:
-    """A required field: rows by feature, a mapping or the path of a JSON file that holds one."""
-    return field(metadata={"read": lambda value: _rows(value, key)})
+def _files(default: Any = MISSING) -> Any:
+    """A field of files: one path, or a list of them in the order in which they are read."""
+    return field(default=default, metadata={"read": lambda value: [value] if isinstance(value, str) else value})
+
+
+def _rows_of(key: str) -> Any:
+    """A field of rows by feature: a mapping, or the path of a JSON file that holds one."""
+    return field(default=None, metadata={"read": lambda value: _rows(value, key)})
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,29 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class ParquetConfig:
-    """Samples in two Parquet files, ids already coded; `cardinalities` (rows by sparse column) is a mapping or the path of a JSON file."""
+    """Samples in Parquet files.
 
-    train: str
-    test: str
+    Attributes:
+        train, test: files in the order in which they are read; without test files, `data.holdout` says what is for testing.
+        sparse: columns of ids, or of lists of ids.
+        label: column of 0 and 1.
+        dense: columns of numbers.
+        cardinalities: rows of each sparse column's table, a mapping or the path of a JSON file: then the ids are rows already. Without,
+            the columns are raw categories for `data.coding`.
+    """
+
     sparse: tuple[str, ...]
     label: str
-    cardinalities: Mapping[str, int] = _rows_file("data.parquet.cardinalities")
+    train: tuple[str, ...] = _files()
+    test: tuple[str, ...] = _files(())
+    cardinalities: Mapping[str, int] | None = _rows_of("data.parquet.cardinalities")
     dense: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sparse:
             raise ConfigError("data.parquet.sparse: received no columns; name at least one column of ids")
+        if self.cardinalities is None:
+            return
         missing = [name for name in self.sparse if name not in self.cardinalities]
         if missing:
             raise ConfigError(
@@ -63,13 +79,13 @@ class ParquetConfig:
 
 @dataclass(frozen=True)
 class FilesConfig:
-    """Files of one format in the order in which they are read, plain or .gz: Criteo's TSV (train.txt, day_N) or Avazu's CSV."""
+    """Criteo's TSV (train.txt, day_N) or Avazu's CSV, plain or .gz, in the order in which they are read.
 
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    Without test files, `data.holdout` says what is for testing.
+    """
 
-    def __post_init__(self) -> None:
-        _check_files(self.train, self.test)
+    train: tuple[str, ...] = _files()
+    test: tuple[str, ...] = _files(())
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class TaobaoConfig:
     The last window of each user is for testing, the ones before it are for training. `index_folder` keeps the sorted events on disk.
     """
 
-    files: tuple[str, ...]
+    files: tuple[str, ...] = _files()
     history: int = within(20, 1)
     min_history: int | None = within(None, 1)
     windows_per_user: int = within(10, 1)
@@ -102,17 +118,13 @@ class TaobaoConfig:
     seed: int = within(0, 0)
     index_folder: str | None = None
 
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise ConfigError("data.taobao.files: received none; name at least one")
-
 
 @dataclass(frozen=True)
 class CsvConfig:
     """Delimited text of any kind, plain or .gz.
 
     Attributes:
-        train, test: files in the order in which they are read.
+        train, test: files in the order in which they are read; without test files, `data.holdout` says what is for testing.
         sparse: columns of categories.
         label: column of 0 and 1.
         dense: columns of numbers.
@@ -124,10 +136,10 @@ class CsvConfig:
         quoting: whether fields may be in double quotes.
     """
 
-    train: tuple[str, ...]
-    test: tuple[str, ...]
     sparse: tuple[str, ...]
     label: str
+    train: tuple[str, ...] = _files()
+    test: tuple[str, ...] = _files(())
     dense: tuple[str, ...] = ()
     delimiter: str = ","
     columns: tuple[str, ...] | None = None
@@ -137,14 +149,13 @@ class CsvConfig:
     quoting: bool = True
 
     def __post_init__(self) -> None:
-        _check_files(self.train, self.test)
         if not self.sparse:
             raise ConfigError("data.csv.sparse: received no columns; name at least one column of categories")
 
 
 @dataclass(frozen=True)
 class CodingConfig:
-    """From raw categories to rows of tables (of every source but synthetic and parquet, whose ids are rows already).
+    """From raw categories to rows of tables (of every source but synthetic, and parquet with cardinalities, whose ids are rows already).
 
     Attributes:
         method: modulo (key % rows, as facebookresearch/dlrm), hash (mixed first), vocabulary (fitted by `fae vocabulary`) or none (coded
@@ -156,7 +167,7 @@ class CodingConfig:
     """
 
     method: Literal["modulo", "hash", "vocabulary", "none"] = "hash"
-    rows: Mapping[str, int] | None = field(default=None, metadata={"read": lambda value: _rows(value, "data.coding.rows")})
+    rows: Mapping[str, int] | None = _rows_of("data.coding.rows")
     max_rows: int | None = within(None, 2)
     vocabulary: str | None = None
     min_count: int = within(1, 1)
@@ -173,7 +184,13 @@ class CodingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from: exactly one source. Malformed lines of text beyond `max_bad_lines` end the run."""
+    """Where samples come from: exactly one source.
+
+    Attributes:
+        coding: from raw categories to rows.
+        holdout: the share of the train samples, the last ones, that is for testing; for files that have no test files beside them.
+        max_bad_lines: malformed lines of text that may be skipped; more end the run.
+    """
 
     synthetic: SyntheticConfig | None = None
     parquet: ParquetConfig | None = None
@@ -183,18 +200,34 @@ class DataConfig:
     taobao: TaobaoConfig | None = None
     csv: CsvConfig | None = None
     coding: CodingConfig = field(default_factory=CodingConfig)
+    holdout: float | None = within(None, 0, 0.99, above=True)
     max_bad_lines: int = within(0, 0)
 
     def __post_init__(self) -> None:
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(f"data: received {' and '.join(given) if given else 'no source'}; give exactly one of {list(_SOURCES)}")
+        self._check_splits()
         coding = self.coding
-        if self.source in ("synthetic", "parquet"):
+        if self.synthetic is not None or (self.parquet is not None and self.parquet.cardinalities is not None):
             if coding != CodingConfig():
                 raise ConfigError(f"data.coding: received one for data.{self.source}, whose ids are rows already; leave it out")
         elif coding.method != "vocabulary" and coding.rows is None and coding.max_rows is None:
             raise ConfigError("data.coding: received neither rows nor max_rows; give the rows of each feature's table, or max_rows for all")
+
+    def _check_splits(self) -> None:
+        """Train files, and either test files or a share to hold out."""
+        source = getattr(self, self.source)
+        for name in ("train", "files"):
+            if getattr(source, name, None) == ():
+                raise ConfigError(f"data.{self.source}.{name}: received no files; name at least one")
+        has_test = not hasattr(source, "test") or bool(source.test)
+        if has_test == (self.holdout is not None):
+            received = "test samples and data.holdout" if has_test else "neither test files nor data.holdout"
+            raise ConfigError(
+                f"data.{self.source}: received {received}; name files in data.{self.source}.test, or hold out the last samples of the "
+                "train files with data.holdout, such as 0.1 (criteo, avazu, csv and parquet)"
+            )
 
     @property
     def source(self) -> str:
@@ -202,13 +235,7 @@ class DataConfig:
         return next(name for name in _SOURCES if getattr(self, name) is not None)
 
 
-_SOURCES = tuple(f.name for f in fields(DataConfig) if f.name not in ("coding", "max_bad_lines"))
-
-
-def _check_files(train: tuple[str, ...], test: tuple[str, ...]) -> None:
-    for name, paths in (("train", train), ("test", test)):
-        if not paths:
-            raise ConfigError(f"data: received no {name} files; name at least one")
+_SOURCES = tuple(f.name for f in fields(DataConfig) if f.name not in ("coding", "holdout", "max_bad_lines"))
 
 
 def _check_rows(rows: Mapping[str, int], key: str) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 TRIOS = (("2.13", "1.8", "1.8"), ("2.11", "1.6", "1.6"))
 """torch, fbgemm and torchrec releases that pair up, best first; fbgemm's binaries load into exactly one torch release."""
 
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "tensordict", "torchmetrics", "numpy", "scipy", "pyarrow", "iopath",
-            "matplotlib", "PyYAML", "tqdm")  # fmt: skip
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "tensordict", "torchmetrics", "numpy", "scipy", "pyarrow",
+            "iopath", "matplotlib", "PyYAML", "tqdm")  # fmt: skip
 _TRIO_PACKAGES = PACKAGES[:4]
 _PINS = {"torchmetrics": "torchmetrics==1.0.3"}
 """Versions that TorchRec asks for."""

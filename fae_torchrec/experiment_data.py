@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from fae_torchrec.config import RunConfig
@@ -16,13 +17,15 @@ from fae_torchrec.data.criteo_npy import CriteoNpySource
 from fae_torchrec.data.criteo_shape import SPARSE_NAMES
 from fae_torchrec.data.criteo_tsv import CriteoTsvSource
 from fae_torchrec.data.csv_source import CsvSource
+from fae_torchrec.data.joined_source import JoinedSource
 from fae_torchrec.data.parquet import ParquetSource
+from fae_torchrec.data.sample_range import held_out
 from fae_torchrec.data.sharded_source import ShardedSource
 from fae_torchrec.data.synthetic import SyntheticCriteo
 from fae_torchrec.data.taobao import FEATURES as TAOBAO_FEATURES
 from fae_torchrec.data.taobao import TaobaoSource
 from fae_torchrec.data.vocabulary import KeySource, Vocabulary, fit_vocabulary
-from fae_torchrec.data_config import DataConfig
+from fae_torchrec.data_config import CodingConfig, DataConfig, ParquetConfig
 
 Open = Callable[[CategoryCoding, str], ShardedSource]
 """Opens "train" or "test" of raw data with a coding."""
@@ -54,7 +57,7 @@ def open_data(config: RunConfig) -> ExperimentData:
     data = config.data
     if data.synthetic is not None:
         return _synthetic(data)
-    opened = _parquet(data) if data.parquet is not None else _raw(data)
+    opened = _coded_parquet(data) if data.parquet is not None and data.parquet.cardinalities is not None else _raw(data)
     if not opened.train.num_dense:
         raise ConfigError(f"data.{data.source}.dense: received no columns; the dlrm model needs at least one dense column")
     return opened
@@ -64,7 +67,7 @@ def make_vocabulary(config: RunConfig, *, show_progress: bool = False) -> Vocabu
     """Fits the vocabulary that `data.coding` describes on the train data and saves it where `data.coding.vocabulary` says.
 
     Raises:
-        ConfigError: the coding is not by vocabulary, or a file is missing.
+        ConfigError: the coding is not by vocabulary, or a file or the vocabulary's folder is missing.
         DataError: the data are malformed.
     """
     coding = config.data.coding
@@ -73,11 +76,14 @@ def make_vocabulary(config: RunConfig, *, show_progress: bool = False) -> Vocabu
             f"data.coding.method: received {coding.method!r}; `fae vocabulary` needs 'vocabulary', and in data.coding.vocabulary the path "
             "that it shall write to"
         )
-    features, open_split = _raw_source(config.data)
+    folder = Path(coding.vocabulary).parent
+    if "://" not in coding.vocabulary and not folder.is_dir():  # told before the pass over the data, not after it
+        raise ConfigError(f"data.coding.vocabulary: there is no folder {folder} to write to; make it, or correct the path")
+    data = config.data
+    features, open_split = _raw_source(data)
     unused = category_coding("hash", dict.fromkeys(features, 1))  # keys are read, and no id
-    source = cast(KeySource, open_split(unused, "train"))
-    max_rows = coding.max_rows if coding.rows is None else coding.rows
-    vocabulary = fit_vocabulary(source, min_count=coding.min_count, max_rows=max_rows, progress=show_progress)
+    source = cast(KeySource, _splits(data, partial(open_split, unused))[0])
+    vocabulary = fit_vocabulary(source, min_count=coding.min_count, max_rows=_most_rows(coding, features), progress=show_progress)
     vocabulary.save(coding.vocabulary)
     return vocabulary
 
@@ -90,41 +96,53 @@ def _synthetic(data: DataConfig) -> ExperimentData:
     return ExperimentData(train.name, train, test, train.cardinalities)
 
 
-def _parquet(data: DataConfig) -> ExperimentData:
+def _coded_parquet(data: DataConfig) -> ExperimentData:
+    """Parquet files whose ids are rows already."""
     parquet = data.parquet
-    assert parquet is not None
+    assert parquet is not None and parquet.cardinalities is not None
     rows = {feature: parquet.cardinalities[feature] for feature in parquet.sparse}
-    open_file = partial(ParquetSource, dense=parquet.dense, sparse=parquet.sparse, label=parquet.label, tables_rows=rows)
-    train, test = open_file(parquet.train), open_file(parquet.test)
+    train, test = _splits(data, lambda split: _parquet(parquet, split, tables_rows=rows))
     return ExperimentData(train.name, train, test, rows)
+
+
+def _parquet(parquet: ParquetConfig, split: str, **options: Any) -> ShardedSource:
+    columns: dict[str, Any] = {"dense": parquet.dense, "sparse": parquet.sparse, "label": parquet.label}
+    files = [ParquetSource(path, **columns, **options) for path in getattr(parquet, split)]
+    return files[0] if len(files) == 1 else JoinedSource(files)
 
 
 def _raw(data: DataConfig) -> ExperimentData:
     """Data whose categories are coded as they are read."""
     features, open_split = _raw_source(data)
     coding = _coding(data, features)
-    train, test = open_split(coding, "train"), open_split(coding, "test")
+    train, test = _splits(data, partial(open_split, coding))
     described = ", ".join(f"{key} {value}" for key, value in coding.describe().items() if key != "rows")
     return ExperimentData(f"{train.name}, coding {described}", train, test, {feature: coding.rows[feature] for feature in features})
 
 
+def _splits(data: DataConfig, open_split: Callable[[str], ShardedSource]) -> tuple[ShardedSource, ShardedSource]:
+    """Train and test samples: files of their own, or the first and the last of the train files'."""
+    if data.holdout is None:
+        return open_split("train"), open_split("test")
+    return held_out(open_split("train"), data.holdout)
+
+
 def _coding(data: DataConfig, features: Sequence[str]) -> CategoryCoding:
     coding = data.coding
-    vocabulary = None if coding.vocabulary is None else Vocabulary.load(coding.vocabulary)
-    if coding.rows is not None:
-        missing = [feature for feature in features if feature not in coding.rows]
-        if missing:
-            raise ConfigError(f"data.coding.rows: no rows for the features {missing}; it has {sorted(coding.rows)}; add them")
-    most = coding.max_rows
-    given: Mapping[str, int] | None = coding.rows if vocabulary is None else vocabulary.rows
-    if given is None:
-        assert most is not None  # DataConfig asks for one of both
-        given = dict.fromkeys(features, most)
-    capped = most is not None and vocabulary is None
-    rows = {
-        feature: min(given[feature], most) if capped and most is not None else given[feature] for feature in features if feature in given
-    }
-    return category_coding(coding.method, rows, vocabulary)
+    if coding.vocabulary is None:
+        return category_coding(coding.method, _most_rows(coding, features))
+    vocabulary = Vocabulary.load(coding.vocabulary)
+    return category_coding(coding.method, {feature: vocabulary.rows.get(feature, 1) for feature in features}, vocabulary)
+
+
+def _most_rows(coding: CodingConfig, features: Sequence[str]) -> dict[str, int] | None:
+    """The rows that the features' tables may have; None if nothing limits them (a vocabulary's)."""
+    if coding.rows is None:
+        return None if coding.max_rows is None else dict.fromkeys(features, coding.max_rows)
+    missing = [feature for feature in features if feature not in coding.rows]
+    if missing:
+        raise ConfigError(f"data.coding.rows: no rows for the features {missing}; it has {sorted(coding.rows)}; add them")
+    return {feature: min(coding.rows[feature], coding.max_rows or coding.rows[feature]) for feature in features}
 
 
 def _raw_source(data: DataConfig) -> tuple[Sequence[str], Open]:
@@ -145,4 +163,9 @@ def _raw_source(data: DataConfig) -> tuple[Sequence[str], Open]:
     if (csv := data.csv) is not None:
         columns = {key: value for key, value in vars(csv).items() if key not in ("train", "test")}
         return csv.sparse, lambda coding, split: CsvSource(getattr(csv, split), coding=coding, **columns, **bad)
-    raise ConfigError(f"data.{data.source}: its ids are rows already; a vocabulary is for raw categories (criteo, avazu, taobao, csv)")
+    if (parquet := data.parquet) is not None and parquet.cardinalities is None:
+        return parquet.sparse, lambda coding, split: _parquet(parquet, split, coding=coding)
+    raise ConfigError(
+        f"data.{data.source}: its ids are rows already; a vocabulary is for raw categories (criteo, avazu, taobao, csv, or parquet without "
+        "cardinalities)"
+    )

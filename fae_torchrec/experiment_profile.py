@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -60,7 +61,8 @@ def _known_profile(config: RunConfig, data: ExperimentData, tables: TableSet) ->
     measured = (profile.source, profile.sample_rate, profile.seed, profile.counted_inputs.num_samples, fresh)
     kept_counted = min(options.keep_inputs, profile.num_samples)
     kept_fresh = min(options.fresh_inputs, profile.total_samples - profile.num_samples)
-    return profile if measured == (data.name, options.sample_rate, options.seed, kept_counted, kept_fresh) else None
+    wanted = (data.name, options.sample_rate, options.seed, kept_counted, kept_fresh)
+    return profile if measured == wanted and sum(profile.skipped.values()) <= config.data.max_bad_lines else None
 
 
 def _calibrator(config: RunConfig, tables: TableSet) -> Calibrator:
@@ -71,8 +73,8 @@ def _calibrator(config: RunConfig, tables: TableSet) -> Calibrator:
 
 
 def _measured(config: RunConfig, data: ExperimentData, tables: TableSet, show_progress: bool) -> PopularityProfile:
-    calibrator, workers = _calibrator(config, tables), config.profile.workers
-    return calibrator.run_source(data.train, workers=workers, progress=show_progress)
+    profile = _calibrator(config, tables).run_source(data.train, workers=config.profile.workers, progress=show_progress)
+    return replace(profile, source=data.name)  # the data's own name says how categories are coded, too
 
 
 def _measured_by(
@@ -118,11 +120,9 @@ def make_cache_statistics(
 
     Raises:
         ConfigError: the batch size is below 1.
-        DataError: an id is out of its table's range, or there are too few samples.
+        DataError: an id is out of its table's range, or there are fewer than two batches.
     """
     size = config.train.batch_size if global_batch_size is None else global_batch_size
-    if size < 1:
-        raise ConfigError(f"--global-batch-size: received {size}; give at least 1")
     source = data.train
     statistics = measure_cache_statistics(
         source.batches(size), tables, global_batch_size=size, source=data.name, progress=show_progress, total=source.num_samples

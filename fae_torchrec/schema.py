@@ -17,6 +17,7 @@ import yaml
 from fae_torchrec.core.errors import ConfigError
 
 _T = TypeVar("_T")
+_SAID: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -177,15 +178,15 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         return tuple(_value(args[0], item, f"{key}[{index}]") for index, item in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise _wrong(key, value, "a mapping of names to whole numbers")
+            raise _wrong(key, value, f"a mapping of names, each to {_SAID[args[1]]}")
         return {str(name): _value(args[1], item, _join(key, name)) for name, item in value.items()}
     if hint is float and not isinstance(value, bool):
         number = _number(value)
         if number is None:
-            raise _wrong(key, value, "a finite number")
+            raise _wrong(key, value, _SAID[float])
         return number
-    if isinstance(value, bool) or not isinstance(value, hint):
-        raise _wrong(key, value, {int: "a whole number", str: "text"}.get(hint, hint.__name__))
+    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
+        raise _wrong(key, value, _SAID[hint])
     return value
 
 

@@ -20,7 +20,7 @@ from fae_torchrec.core.popularity import PopularityProfile
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_experiment, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("profile", "place", "train", "compare", "doctor")
+COMMANDS = ("vocabulary", "profile", "place", "report", "train", "compare", "doctor")
 
 
 @pytest.fixture()
@@ -53,10 +53,11 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         cli.main([*command.split(), "--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    of_config = ("--json", "--config", "--set", "--output", "examples/configs/")
+    of_config = ("--json", "--config", "--set", "--max-bad-lines", "examples/configs/", *(() if command == "vocabulary" else ("--output",)))
     wanted = COMMANDS if not command else ("--json",) if command == "doctor" else of_config
     assert [word for word in wanted if word not in out] == []
     assert ("--ranks N" in out) == (command in ("train", "compare"))
+    assert ("--workers N" in out) == ("--torchrec-stats" in out) == (command == "profile")
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -86,7 +87,7 @@ def test_profile(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     profile = PopularityProfile.load(tmp_path / "out" / "profile.npz")
     assert f"{tmp_path}/out/profile.npz: profile {profile.fingerprint}" in out
     shares = dict(re.findall(r"t_(\w) +[\d,]+ rows +([\d.]+)", out))
-    counts = sorted(profile.counts["t_v"].tolist(), reverse=True)
+    counts = sorted(profile.counts["t_v"].dense().tolist(), reverse=True)
     assert float(shares["v"]) == pytest.approx(100 * sum(counts[:20]) / sum(counts), abs=0.051), "20 rows are 1 % of 2,000"
     printed = run_json(capfd, "profile", "--config", str(config), "--output", str(tmp_path / "new" / "folder"))
     assert printed["path"] == str(tmp_path / "new" / "folder" / "profile.npz")
@@ -292,7 +293,8 @@ def test_bad_input(name: str, config: Path, tmp_path: Path, capfd: pytest.Captur
 
 
 def test_both_fingerprints(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from fae_torchrec.experiment import experiment_tables, open_data
+    from fae_torchrec.experiment import experiment_tables
+    from fae_torchrec.experiment_data import open_data
 
     arguments = _other_tables("profile.path")(tmp_path)
     assert cli.main(["train", "--config", str(config), "--quiet", *arguments]) == 2

@@ -41,6 +41,8 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     assert config.compare == CompareConfig(placements=("fae", "stock"), ranks=(2,), count_batches=16)
     assert (config.train.batch_size, config.train.steps, config.schedule.window_batches) == (1024, None, None)
     assert (config.profile.sample_rate, config.profile.seed, config.placement.pinned_max_rows) == (0.05, 7, 1024)
+    assert (config.profile.keep_inputs, config.profile.fresh_inputs, config.profile.workers) == (131_072, 65_536, 1)
+    assert (config.placement.policy, config.placement.sizes) == ("input_aware", "exact")
     assert (config.placement.hot_tier, config.placement.stock_tables, config.placement.check_replicas) == ("replicated", (), 0)
     assert config.output == "runs/fae"
 
@@ -89,6 +91,10 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         ("train: {epochs: 1}\n", ["missing key 'data'"]),
         ("data: {}\n", ["data: received no source", "exactly one of", "'synthetic'", "'parquet'"]),
         ("data: {parquet: {train: a, test: b}}\n", ["missing key 'data.parquet.sparse'"]),
+        (SYNTHETIC + "placement: {policy: frequency}\n", ["placement.policy", "'frequency'", "'input_aware', 'threshold'"]),
+        (SYNTHETIC + "placement: {sizes: 35}\n", ["placement.sizes", "35", "'exact', 'estimated'"]),
+        (SYNTHETIC + "profile: {workers: 0}\n", ["profile.workers", "0", "at least 1"]),
+        (SYNTHETIC + "profile: {keep_inputs: 0}\n", ["profile.keep_inputs", "0", "at least 1"]),
         (SYNTHETIC + "output: 3\n", ["output", "3", "text"]),
         ("[1, 2]\n", ["received list", "mapping"]),
         ("data: {synthetic: {\n", ["not readable as YAML", "line"]),
@@ -126,8 +132,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     config = load_config("conf/run.yaml", ["placement.path=here.npz"])
     assert config.data.parquet is not None
-    assert (config.data.parquet.train, config.data.parquet.test) == ("conf/a.parquet", "/abs/b.parquet")
-    assert dict(config.data.parquet.cardinalities) == {"u": 3, "v": 4, "other": 5}
+    assert (config.data.parquet.train, config.data.parquet.test) == (("conf/a.parquet",), ("/abs/b.parquet",))
+    assert config.data.parquet.cardinalities == {"u": 3, "v": 4, "other": 5}
     assert config.profile.path == "s3://bucket/p.npz"
     assert config.placement.path == str(tmp_path / "here.npz")  # an override's path is relative to the current folder
     assert config.output == "out"

@@ -1,4 +1,4 @@
-"""An experiment's parts: when a profile is measured anew, what is checked before training, and runs of every policy on 1 and 2 ranks."""
+"""An experiment's parts: hot set and placement, what is checked before training, and runs of every policy on 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -14,79 +14,23 @@ import torch
 
 from fae_torchrec.config import RunConfig
 from fae_torchrec.core.errors import BudgetError, ConfigError, DataError, FingerprintError
+from fae_torchrec.core.hot_set import HotSet
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
-from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.experiment import (
     check_run,
     experiment_tables,
     make_hot_set,
     make_placement,
-    make_profile,
-    open_data,
     placed_tables,
     prepare,
     run_placement,
 )
-from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_parquet
-
-
-@pytest.fixture()
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every profile that is measured."""
-    calls: list[int] = []
-    run = Calibrator.run
-    monkeypatch.setattr(Calibrator, "run", lambda self, *a, **k: (calls.append(1), run(self, *a, **k))[1])
-    return calls
-
-
-def profile_of(config: RunConfig) -> PopularityProfile:
-    data = open_data(config)
-    return make_profile(config, data, experiment_tables(config, data))
-
-
-def test_profile_is_reused(tmp_path: Path, measured: list[int]) -> None:
-    first = profile_of(new_config(tmp_path))
-    assert (tmp_path / "out" / "profile.npz").is_file()
-    again = profile_of(new_config(tmp_path))
-    assert again.fingerprint == first.fingerprint
-    # What does not change the counts does not matter; the bytes are those of the tables at hand.
-    wider = profile_of(new_config(tmp_path, "model.embedding_dim=8", "model.dense_arch=[8]", "train.optimizer=sgd", "placement.budget=30%"))
-    assert wider.fingerprint == first.fingerprint
-    assert (first.tables["t_v"].row_bytes, wider.tables["t_v"].row_bytes) == (4 * 4 + 4, 8 * 4)
-    assert len(measured) == 1
-
+from fae_torchrec.experiment_data import open_data
+from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, profile_of, write_parquet
 
 OTHER_ROWS = "data.parquet.cardinalities={u: 40, v: 2001, w: 500}"
-
-
-@pytest.mark.parametrize("change", ["profile.seed=8", "profile.sample_rate=0.6", OTHER_ROWS, "data.parquet.sparse=[u]", "file", "damage"])
-def test_profile_is_measured_anew(change: str, tmp_path: Path, measured: list[int]) -> None:
-    first = profile_of(new_config(tmp_path))
-    overrides = []
-    if change == "file":  # the same name and number of rows, other samples
-        train = tmp_path / "train.parquet"
-        write_parquet(train, TRAIN_SAMPLES, seed=9)
-        os.utime(train, ns=(train.stat().st_atime_ns, train.stat().st_mtime_ns + 1_000_000))  # where the clock of files is coarse
-    elif change == "damage":
-        (tmp_path / "out" / "profile.npz").write_bytes(b"PK")
-    else:
-        overrides = [change]
-    second = profile_of(new_config(tmp_path, *overrides))
-    assert len(measured) == 2
-    assert (second.fingerprint == first.fingerprint) == (change == "damage")
-    assert PopularityProfile.load(tmp_path / "out" / "profile.npz").fingerprint == second.fingerprint, "the new one is kept"
-
-
-def test_named_profile(tmp_path: Path, measured: list[int]) -> None:
-    first = profile_of(new_config(tmp_path))
-    first.save(tmp_path / "named.npz")
-    # A named profile is taken as it is, whatever the sampling says, and the kept one is left alone.
-    kept = (tmp_path / "out" / "profile.npz").read_bytes()
-    named = profile_of(new_config(tmp_path, f"profile.path={tmp_path / 'named.npz'}", "profile.seed=8"))
-    assert named.fingerprint == first.fingerprint and len(measured) == 1
-    assert (tmp_path / "out" / "profile.npz").read_bytes() == kept
 
 
 def test_named_values_of_other_tables(tmp_path: Path) -> None:
@@ -113,6 +57,22 @@ def test_percent_budget(tmp_path: Path) -> None:
     config = new_config(tmp_path, "placement.budget=799B")
     with pytest.raises(BudgetError, match=r"799 bytes cannot hold the 1 pinned tables, which need 800 bytes"):
         make_hot_set(config, profile_of(config))
+
+
+def test_policy_and_sizes(tmp_path: Path) -> None:
+    """Both policies stay within the budget; sizes that are estimated leave some of it unused, where the table is too large to count."""
+    large = "data.parquet.cardinalities={u: 40, v: 90000, w: 500}"
+    profile = profile_of(new_config(tmp_path, large))
+
+    def select(*overrides: str) -> HotSet:
+        return make_hot_set(new_config(tmp_path, large, "placement.budget=2000B", *overrides), profile)
+
+    aware, exact = select(), select("placement.policy=threshold")
+    estimated = select("placement.policy=threshold", "placement.sizes=estimated")
+    assert (aware.policy, exact.policy, estimated.policy) == ("input_aware", "threshold", "threshold")
+    assert aware.threshold is None and exact.threshold is not None and estimated.threshold is not None
+    assert estimated.threshold > exact.threshold and estimated.used_bytes < exact.used_bytes <= 2000
+    assert aware.used_bytes <= 2000 and len({aware.fingerprint, exact.fingerprint, estimated.fingerprint}) == 3
 
 
 def test_placement_is_kept(tmp_path: Path) -> None:
@@ -194,10 +154,10 @@ def test_tables_left_to_stock(tmp_path: Path) -> None:
     ("tables", "words"),
     [("[t_v, t_x, v]", r"\['t_x', 'v'\] are not tables .* \['t_u', 't_v', 't_w'\]"), ("[t_u, t_v, t_w]", "at least one; .*and not all")],
 )
-def test_tables_that_cannot_be_left(tables: str, words: str, tmp_path: Path, measured: list[int]) -> None:
+def test_tables_that_cannot_be_left(tables: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"^placement.stock_tables: .*{words}"):
         prepare(new_config(tmp_path, f"placement.stock_tables={tables}"), "stock", 1)
-    assert not measured and not (tmp_path / "out").exists(), "before any work"
+    assert not (tmp_path / "out").exists(), "before any work"
 
 
 # name -> (placement, overrides, full batches of one and of two ranks)

@@ -23,15 +23,17 @@ def materialize(component: str, *arguments: str) -> AppDef:
     return app
 
 
-def test_compare_runs_the_command_line_with_this_interpreter() -> None:
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_one_process_runs_the_command_line_with_this_interpreter(command: str) -> None:
     overrides = "train.steps=3,compare.placements=[stock, fae],train.epochs=2"
     more = ["--ranks", "1", "2"]
-    app = materialize("compare", "--config", "examples/configs/demo.yaml", "--output", "out", "--overrides", overrides, "--", *more)
+    app = materialize(command, "--config", "examples/configs/demo.yaml", "--output", "out", "--overrides", overrides, "--", *more)
     (role,) = app.roles
+    assert (app.name, role.name) == (f"fae-{command}", command)
     assert (role.entrypoint, role.num_replicas) == (sys.executable, 1)
     assert role.args[:2] == ["-m", "fae_torchrec.cli"]
     assert role.args[2:] == [
-        "compare", "--config", "examples/configs/demo.yaml", "--output", "out",
+        command, "--config", "examples/configs/demo.yaml", "--output", "out",
         "--set", "train.steps=3", "--set", "compare.placements=[stock, fae]", "--set", "train.epochs=2", *more,
     ]  # fmt: skip
 
@@ -40,10 +42,14 @@ def test_output_is_left_to_the_config() -> None:
     assert materialize("compare", "--config", "c.yaml").roles[0].args[2:] == ["compare", "--config", "c.yaml"]
 
 
-@pytest.mark.parametrize(("j", "nodes", "processes"), [("1x2", 1, 2), ("2x8", 2, 8)])
-def test_train_runs_under_torchrun(j: str, nodes: int, processes: int) -> None:
-    app = materialize("train", "--config", "a b.yaml", "--j", j, "--python", "/opt/my python", "--", "--set", "train.epochs=2")
+@pytest.mark.parametrize(
+    ("command", "j", "nodes", "processes"),
+    [("train", "1x2", 1, 2), ("train", "2x8", 2, 8), ("profile", "1x2", 1, 2), ("profile", "4x3", 4, 3)],
+)
+def test_ranks_run_under_torchrun(command: str, j: str, nodes: int, processes: int) -> None:
+    app = materialize(command, "--config", "a b.yaml", "--j", j, "--python", "/opt/my python", "--", "--set", "train.epochs=2")
     (role,) = app.roles
+    assert (app.name, role.name) == (f"fae-{command}", command)
     assert (role.entrypoint, role.args[0], role.num_replicas) == ("bash", "-c", nodes)
     words = shlex.split(role.args[1])
     assert words[:3] == ["/opt/my python", "-m", "torch.distributed.run"]
@@ -52,7 +58,7 @@ def test_train_runs_under_torchrun(j: str, nodes: int, processes: int) -> None:
     assert words[words.index("fae_torchrec.cli") - 1 :] == [
         "-m",
         "fae_torchrec.cli",
-        "train",
+        command,
         "--config",
         "a b.yaml",
         "--set",
@@ -60,7 +66,7 @@ def test_train_runs_under_torchrun(j: str, nodes: int, processes: int) -> None:
     ]
 
 
-@pytest.mark.parametrize("component", ["compare", "train"])
+@pytest.mark.parametrize("component", ["compare", "report", "profile", "train"])
 def test_docstrings_are_the_help(component: str) -> None:
     found = get_component(f"{FILE}:{component}")
     assert found.validation_errors == []

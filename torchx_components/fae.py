@@ -41,15 +41,70 @@ def compare(
         memMB: memory in MB
         h: a named resource instead of cpu, gpu and memMB
     """
-    role = specs.Role(
-        name="compare",
-        image=image,
-        entrypoint=python,
-        args=["-m", _CLI, *_cli_arguments("compare", config, output, overrides, args)],
-        env={"PYTHONUNBUFFERED": "1"},
-        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h or None),
+    return _one_process(
+        "compare", _cli_arguments("compare", config, output, overrides, args), image, python, specs.resource(cpu, gpu, memMB, h or None)
     )
-    return specs.AppDef(name="fae-compare", roles=[role])
+
+
+def report(
+    *args: str,
+    config: str,
+    output: str = "",
+    overrides: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
+    image: str = "",
+    python: str = sys.executable,
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: str = "",
+) -> specs.AppDef:
+    """Pictures how skewed the accesses are and what a budget buys: writes popularity.html, popularity.json and the pictures.
+
+    One role with one replica.
+
+    Args:
+        args: more arguments of `fae report`, after `--`, such as `-- --max-bad-lines 3`
+        config: the run's description, a YAML or JSON file
+        output: folder of the report (default: what the config says)
+        overrides: config keys to override, such as placement.budget=64MiB,profile.workers=8
+        image: image to run in; for local_cwd the current folder, whatever this says
+        python: interpreter inside the image (default: the one that runs torchx)
+        cpu: CPU cores
+        memMB: memory in MB
+        h: a named resource instead of cpu and memMB
+    """
+    return _one_process(
+        "report", _cli_arguments("report", config, output, overrides, args), image, python, specs.resource(cpu, 0, memMB, h or None)
+    )
+
+
+def profile(
+    *args: str,
+    config: str,
+    output: str = "",
+    overrides: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
+    j: str = "1x2",
+    image: str = "",
+    python: str = sys.executable,
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: str = "",
+) -> specs.AppDef:
+    """Counts how often each row is accessed, on `j` processes that share the data and are started by torchrun: writes profile.npz.
+
+    Args:
+        args: more arguments of `fae profile`, after `--`, such as `-- --workers 4`
+        config: the run's description, a YAML or JSON file
+        output: folder of the profile (default: what the config says)
+        overrides: config keys to override, such as profile.sample_rate=0.1,profile.workers=8
+        j: nodes x processes on each node
+        image: image to run in; for local_cwd the current folder, whatever this says
+        python: interpreter inside the image (default: the one that runs torchx)
+        cpu: CPU cores of each node
+        memMB: memory of each node in MB
+        h: a named resource instead of cpu and memMB
+    """
+    arguments = _cli_arguments("profile", config, output, overrides, args)
+    return _ranks("profile", python, ddp(*arguments, m=_CLI, image=image, name="fae-profile", cpu=cpu, memMB=memMB, h=h or None, j=j))
 
 
 def train(
@@ -80,14 +135,30 @@ def train(
         memMB: memory of each node in MB
         h: a named resource instead of cpu, gpu and memMB
     """
-    script_args = _cli_arguments("train", config, output, overrides, args)
-    app = ddp(*script_args, m=_CLI, image=image, name="fae-train", cpu=cpu, gpu=gpu, memMB=memMB, h=h or None, j=j)
+    arguments = _cli_arguments("train", config, output, overrides, args)
+    return _ranks("train", python, ddp(*arguments, m=_CLI, image=image, name="fae-train", cpu=cpu, gpu=gpu, memMB=memMB, h=h or None, j=j))
+
+
+def _one_process(command: str, arguments: list[str], image: str, python: str, resource: specs.Resource) -> specs.AppDef:
+    role = specs.Role(
+        name=command,
+        image=image,
+        entrypoint=python,
+        args=["-m", _CLI, *arguments],
+        env={"PYTHONUNBUFFERED": "1"},
+        resource=resource,
+    )
+    return specs.AppDef(name=f"fae-{command}", roles=[role])
+
+
+def _ranks(command: str, python: str, app: specs.AppDef) -> specs.AppDef:
+    """The ranks that torchx's ddp component starts, by the given interpreter."""
     for role in app.roles:
         # torchx 0.7 calls `torchrun`, which is on the PATH only where the environment is activated.
         launcher, _, rest = role.args[-1].partition(" ")
         if launcher != "torchrun":
             raise RuntimeError(f"torchx's ddp component runs {launcher!r}, expected 'torchrun'; install torchx 0.7")
-        role.name = "train"
+        role.name = command
         role.args[-1] = f"{shlex.quote(python)} -m torch.distributed.run {rest}"
         role.env["PYTHONUNBUFFERED"] = "1"
     return app

@@ -7,11 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
-from fae_torchrec.core.errors import BudgetError, ConfigError
+from fae_torchrec.core.errors import BudgetError, ConfigError, DataError
 from fae_torchrec.core.input_sample import InputSample
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.row_ids import find_slots
 from fae_torchrec.core.tables import TableSet, TableSpec
+
+_MOST = 2**31 - 1  # candidates have int32 numbers
 
 
 def pinned_tables(tables: TableSet, pinned_max_rows: int = 1024) -> tuple[TableSpec, ...]:
@@ -40,6 +42,7 @@ class Candidates:
 
     Raises:
         ConfigError: `pinned_max_rows` is negative.
+        DataError: 2**31 or more rows were seen.
     """
 
     def __init__(self, profile: PopularityProfile, pinned_max_rows: int) -> None:
@@ -48,6 +51,8 @@ class Candidates:
         self.tables = tuple(table for table in profile.tables if table.rows > pinned_max_rows)
         seen = [profile.counts[table.name] for table in self.tables]
         sizes = [counts.ids.size for counts in seen]
+        if sum(sizes) > _MOST:
+            raise DataError(f"{sum(sizes)} rows were seen, at most {_MOST} can be selected from; count fewer inputs (a lower sample_rate)")
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self.counts = np.concatenate([np.zeros(0, dtype=np.int64), *(counts.counts for counts in seen)])
         self.row_bytes = np.repeat(np.array([table.row_bytes for table in self.tables], dtype=np.int64), sizes)
@@ -55,11 +60,6 @@ class Candidates:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    @cached_property
-    def table_number(self) -> np.ndarray:
-        """Which of `tables` a candidate belongs to: int64 [C]."""
-        return np.repeat(np.arange(len(self.tables)), np.diff(self.starts))
 
     @cached_property
     def counted_pairs(self) -> tuple[np.ndarray, np.ndarray]:

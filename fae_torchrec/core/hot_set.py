@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -164,11 +164,11 @@ def select_hot_set(
 
     Raises:
         BudgetError: the pinned tables alone exceed the budget; says what they need.
-        ConfigError: `pinned_max_rows` is negative, or there is no such policy or way to know sizes.
+        ConfigError: `pinned_max_rows` is negative, the budget is no whole number, or there is no such policy or way to know sizes.
     """
     if sizes not in ("exact", "estimated"):
         raise ConfigError(f"sizes {sizes!r} is not one of ['exact', 'estimated']; name one of those")
-    return _select(profile, [budget_bytes], policy, pinned_max_rows, sizes == "estimated")[0]
+    return next(_select(profile, [budget_bytes], policy, pinned_max_rows, sizes == "estimated"))
 
 
 class CurvePoint(NamedTuple):
@@ -245,10 +245,14 @@ def threshold_curve(profile: PopularityProfile, pinned_max_rows: int = 1024, poi
 
 def _select(
     profile: PopularityProfile, budgets_bytes: Sequence[int], policy: str, pinned_max_rows: int, estimate_sizes: bool = False
-) -> list[HotSet]:
-    """One hot set per budget."""
+) -> Iterator[HotSet]:
+    """One hot set per budget, made as it is asked for: the ids of one may take 8 bytes for each of 100 M rows."""
     if policy not in POLICIES:
         raise ConfigError(f"policy {policy!r} is not one of {list(POLICIES)}; name one of those")
+    for budget in budgets_bytes:
+        if not isinstance(budget, (int, np.integer)):
+            raise ConfigError(f"the budget must be a whole number of bytes, received {budget!r}; round it")
+    budgets_bytes = [int(budget) for budget in budgets_bytes]
     candidates = Candidates(profile, pinned_max_rows)
     rooms = [candidates.room(budget) for budget in budgets_bytes]
     selector = ThresholdSelector(candidates)
@@ -258,7 +262,7 @@ def _select(
             by_threshold, by_inputs = (hot_input_count(candidates, hot) for hot in (choices[number].hot, aware))
             if by_inputs >= by_threshold:
                 choices[number] = ThresholdChoice(aware, None)
-    return [_hot_set(candidates, budget, policy, choice) for budget, choice in zip(budgets_bytes, choices, strict=True)]
+    return (_hot_set(candidates, budget, policy, choice) for budget, choice in zip(budgets_bytes, choices, strict=True))
 
 
 def _estimated_threshold(candidates: Candidates, room: int) -> float:

@@ -42,8 +42,9 @@ def input_aware_masks(candidates: Candidates, rooms: Sequence[int]) -> list[np.n
         bool [C] per budget, in the order given: rows of at most so many bytes. If all candidates fit, all are hot.
 
     Note:
-        Memory: about 30 bytes per id in the counted inputs and 100 per candidate. Time: each of up to 20 peelings follows every id once
-        and looks at the remaining rows once per step.
+        Memory: about 30 bytes per id in the counted inputs, 150 per row that they need and 40 per other candidate. Time: each of up to 20
+        peelings follows every id once and looks, once per step, at every remaining row that the counted inputs need, and at the other
+        rows by `_Units` of equal ones.
     """
     masks = [np.ones(len(candidates), dtype=np.bool_) for _ in rooms]
     tight = [number for number, room in enumerate(rooms) if room < candidates.total_bytes]
@@ -80,21 +81,79 @@ class _Links:
         return others
 
 
+class _Units:
+    """What a peeling looks at and takes away: each row that a kept input needs by itself, and the others in bundles of equal ones.
+
+    Most seen rows are in none of the inputs that were kept whole (27 of 30 M in a large profile). Those of one table and one count are
+    alike in all that a peeling knows of them, so they are one unit until a step takes only a part of it.
+
+    Attributes:
+        order: int32 [C], the candidates unit after unit.
+        first: int64 [U], where a unit begins in `order`.
+        rows: int64 [U], rows of a unit.
+        table: int64 [U], number of their table.
+        row_bytes: int64 [U], bytes of one of the rows.
+        expected: float64 [U], accesses of one of the rows that as many inputs as were kept have on average: the counts may be of more.
+        load: float64 [U], what one of the rows was worth whenever it went.
+    """
+
+    def __init__(self, candidates: Candidates, needed: np.ndarray) -> None:
+        """`needed`: int [K], the candidates that kept inputs need, ascending; they are units 0..K-1."""
+        is_other = np.ones(len(candidates), dtype=np.bool_)
+        is_other[needed] = False
+        others = np.flatnonzero(is_other).astype(np.int32)
+        counts = candidates.counts[others]
+        counts = counts.astype(np.min_scalar_type(int(counts.max(initial=0))))  # numpy sorts 16 bits ten times as fast as 64
+        by_count = np.argsort(counts, kind="stable")
+        others, counts = others[by_count], counts[by_count]
+        table = np.searchsorted(candidates.starts, others, side="right") - 1
+        is_head = np.ones(len(others), dtype=np.bool_)
+        is_head[1:] = (table[1:] != table[:-1]) | (counts[1:] != counts[:-1])
+        heads = np.flatnonzero(is_head)
+        self.order = np.concatenate([needed.astype(np.int32), others])
+        self.first = np.concatenate([np.arange(len(needed)), len(needed) + heads])
+        self.rows = np.diff(self.first, append=len(self.order))
+        leader = self.order[self.first]
+        self.table = np.searchsorted(candidates.starts, leader, side="right") - 1
+        self.row_bytes = candidates.row_bytes[leader]
+        profile = candidates.profile
+        self.expected = candidates.counts[leader] * (profile.counted_inputs.num_samples / profile.num_samples)
+        self.load = np.zeros(len(self.first))
+
+    def split(self, units: np.ndarray, staying: np.ndarray) -> np.ndarray:
+        """Parts units in two: the last `staying` rows keep the number; the first ones become units of their own, which are returned."""
+        parts = np.arange(len(self.first), len(self.first) + len(units))
+        for name in ("first", "rows", "table", "row_bytes", "expected", "load"):
+            values = getattr(self, name)
+            setattr(self, name, np.append(values, values[units]))
+        self.rows[parts] -= staying
+        self.first[units] += self.rows[parts]
+        self.rows[units] = staying
+        return parts
+
+    def mask(self, units: np.ndarray) -> np.ndarray:
+        """The rows of some units: bool [C]."""
+        edges = np.zeros(len(self.order) + 1, dtype=np.int8)
+        edges[self.first[units]] = 1
+        edges[self.first[units] + self.rows[units]] -= 1
+        mask = np.empty(len(self.order), dtype=np.bool_)
+        mask[self.order] = np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)
+        return mask
+
+
 class _Peeling:
     """Repeated peelings down to the smallest budget, and the best set seen at every budget on the way."""
 
     def __init__(self, candidates: Candidates, rooms: Sequence[int]) -> None:
-        self.candidates = candidates
         self.rooms = rooms  # descending
-        inputs = candidates.profile.counted_inputs
-        self.num_inputs = inputs.num_samples
+        self.total_bytes, self.num_tables = candidates.total_bytes, len(candidates.tables)
+        self.num_inputs = candidates.profile.counted_inputs.num_samples
         of_input, of_candidate = candidates.counted_pairs
+        rows, of_unit = np.unique(of_candidate, return_inverse=True)
+        self.units = _Units(candidates, rows)
         # Both ways, so that a peeling follows each pair once, whatever the number of its steps.
-        self.inputs_of = _Links(of_candidate, of_input, len(candidates))
-        self.candidates_of = _Links(of_input, of_candidate, self.num_inputs)
-        # Accesses that as many inputs as were kept have on average: the counts may be of more inputs.
-        self.expected = candidates.counts * (inputs.num_samples / candidates.profile.num_samples)
-        self.load = np.zeros(len(candidates))
+        self.inputs_of = _Links(of_unit, of_input, len(rows))
+        self.units_of = _Links(of_input, of_unit.astype(np.int32), self.num_inputs)
         self.best = {room: (-1, np.zeros(0, dtype=np.bool_)) for room in rooms}
 
     def run(self) -> dict[int, np.ndarray]:
@@ -108,62 +167,75 @@ class _Peeling:
     def _peel(self) -> bool:
         """One peeling; whether it left a better set for some budget."""
         better = False
-        hot_rows = np.arange(len(self.candidates))
+        units = self.units
+        hot = np.roll(np.arange(len(units.first)), -len(self.inputs_of.sizes))  # of equal rows, those that no input needs go first
         needed = self.inputs_of.sizes.copy()
         alive = np.ones(self.num_inputs, dtype=np.bool_)
-        used, num_alive = self.candidates.total_bytes, self.num_inputs
+        used, num_alive = self.total_bytes, self.num_inputs
         for room in (*self.rooms, int(self.rooms[-1] * _BEYOND)):
-            while used > room and hot_rows.size:
-                row_bytes = self.candidates.row_bytes[hot_rows]
-                worth = self._worth(needed, hot_rows) / row_bytes
+            while used > room and hot.size:
+                worth = self._worth(needed, hot) / units.row_bytes[hot]
                 target = max(room, int(used * (1 - _STEP)))
-                leaving = _least(self.load[hot_rows] + worth, row_bytes, used - target)
-                if target == room:
-                    _spare(leaving, worth, row_bytes, room - used + int(row_bytes[leaving].sum()))
-                gone = hot_rows[leaving]
-                self.load[gone] += worth[leaving]
-                used -= int(row_bytes[leaving].sum())
-                hot_rows = hot_rows[~leaving]
-                hit = self.inputs_of.of(gone)
+                leaving = _least(units.load[hot] + worth, units.rows[hot] * units.row_bytes[hot], used - target)
+                gone, row_bytes = hot[leaving], units.row_bytes[hot[leaving]]
+                rows = units.rows[gone]
+                staying = np.zeros_like(rows)
+                staying[-1] = (target - used + int(rows @ row_bytes)) // row_bytes[-1]  # of a bundle no more leave than have to
+                spare = room - used + int((rows - staying) @ row_bytes)
+                if spare > 0:
+                    staying += _spared(rows - staying, row_bytes, worth[leaving], spare)
+                used -= int((rows - staying) @ row_bytes)
+                left = np.ones(len(hot), dtype=np.bool_)
+                left[leaving[staying == 0]] = False
+                hot = hot[left]
+                parted = (staying > 0) & (staying < rows)
+                gone[parted] = units.split(gone[parted], staying[parted])
+                gone = gone[staying < rows]
+                units.load[gone] += worth[leaving[staying < rows]]
+                hit = self.inputs_of.of(gone[gone < len(needed)])
                 died = np.sort(hit[alive[hit]])
                 died = died[np.concatenate([[True], died[1:] != died[:-1]])] if died.size else died
                 alive[died] = False
                 num_alive -= died.size
-                np.subtract.at(needed, self.candidates_of.of(died), 1)
+                np.subtract.at(needed, self.units_of.of(died), 1)
             if room in self.best and num_alive > self.best[room][0]:
-                self.best[room] = (num_alive, np.isin(np.arange(len(self.candidates)), hot_rows, assume_unique=True, kind="table"))
+                self.best[room] = (num_alive, units.mask(hot))
                 better = True
-        self.load[hot_rows] += self._worth(needed, hot_rows) / self.candidates.row_bytes[hot_rows]
+        units.load[hot] += self._worth(needed, hot) / units.row_bytes[hot]
         return better
 
-    def _worth(self, needed: np.ndarray, hot_rows: np.ndarray) -> np.ndarray:
-        """Inputs that would go cold with each hot row, estimated: float64 [hot rows]."""
-        here, kept, table = needed[hot_rows], self.inputs_of.sizes[hot_rows], self.candidates.table_number[hot_rows]
-        tables = len(self.candidates.tables)
-        share = np.bincount(table, here, tables) / np.maximum(np.bincount(table, kept, tables), 1)
-        worth: np.ndarray = self.expected[hot_rows] * (here + _PRIOR * share[table]) / (kept + _PRIOR)
+    def _worth(self, needed: np.ndarray, hot: np.ndarray) -> np.ndarray:
+        """Inputs that would go cold with a row of each hot unit, estimated: float64 [hot units]."""
+        first = int(np.count_nonzero(hot >= len(needed)))  # of the units that inputs need
+        here, kept, table = needed[hot[first:]], self.inputs_of.sizes[hot[first:]], self.units.table[hot]
+        share = np.bincount(table[first:], here, self.num_tables) / np.maximum(np.bincount(table[first:], kept, self.num_tables), 1)
+        worth: np.ndarray = self.units.expected[hot] * share[table]  # as below for a row that no input needs
+        worth[first:] = self.units.expected[hot[first:]] * (here + _PRIOR * share[table[first:]]) / (kept + _PRIOR)
         return worth
 
 
 def _least(score: np.ndarray, size: np.ndarray, total: int) -> np.ndarray:
-    """The entries of the smallest scores whose sizes reach `total`, ties by position: bool of the shape of `score`."""
-    # Not all are sorted: the smallest sizes bound how many entries can be wanted.
-    most = min(len(score), -(-total // int(size.min())))
-    bound = np.partition(score, most - 1)[most - 1]
-    places = np.flatnonzero(score <= bound)
+    """The entries of the smallest scores whose sizes reach `total`, in that order, ties by position: int64."""
+    most, places = len(score) // 32 + 1, np.zeros(0, dtype=np.int64)
+    while places.size < len(score) and int(size[places].sum()) < total:  # not all are sorted: a few are mostly enough
+        most = min(2 * most, len(score))
+        places = np.flatnonzero(score <= np.partition(score, most - 1)[most - 1])
     places = places[np.argsort(score[places], kind="stable")]
-    taken = places[: int(np.searchsorted(np.cumsum(size[places]), total)) + 1]
-    chosen = np.zeros(len(score), dtype=np.bool_)
-    chosen[taken] = True
-    return chosen
+    taken: np.ndarray = places[: int(np.searchsorted(np.cumsum(size[places]), total)) + 1]
+    return taken
 
 
-def _spare(leaving: np.ndarray, score: np.ndarray, size: np.ndarray, room: int) -> None:
-    """Takes back the best of what leaves as far as it fits in `room` bytes (sizes differ, so the last step may have taken too much)."""
-    while room >= int(size.min()):
-        fitting = np.flatnonzero(leaving & (size <= room))
-        if not fitting.size:
-            break
-        back = fitting[np.argmax(score[fitting])]
-        leaving[back] = False
-        room -= int(size[back])
+def _spared(rows: np.ndarray, row_bytes: np.ndarray, worth: np.ndarray, room: int) -> np.ndarray:
+    """How many rows of each leaving unit can stay in `room` bytes, the best first (row sizes differ: a step may take too much): int64."""
+    spared = np.zeros_like(rows)
+    order = np.argsort(-worth, kind="stable")
+    while (order := order[row_bytes[order] <= room]).size:
+        fitting = int(np.searchsorted(np.cumsum((rows * row_bytes)[order]), room, side="right"))
+        spared[order[:fitting]] = rows[order[:fitting]]
+        room -= int((rows * row_bytes)[order[:fitting]].sum())
+        if fitting < len(order):  # a part of the next one, whose rows then fit no more
+            best = order[fitting]
+            spared[best] = room // row_bytes[best]
+            room -= int(spared[best] * row_bytes[best])
+        order = order[fitting + 1 :]
+    return spared

@@ -20,7 +20,7 @@ class InputSample:
         num_samples: inputs kept, at least 1.
 
     Raises:
-        DataError: no inputs, or lengths that do not fit the inputs or the values.
+        DataError: no inputs, lengths that do not fit the inputs or the values, or arrays of another type.
     """
 
     values: Mapping[str, np.ndarray]
@@ -33,6 +33,11 @@ class InputSample:
         if self.values.keys() != self.lengths.keys():
             raise DataError(f"a sample's values and lengths name different features: {sorted(self.values)} and {sorted(self.lengths)}")
         for feature, lengths in self.lengths.items():
+            if lengths.dtype != np.int64 or self.values[feature].dtype != np.int64:
+                raise DataError(
+                    f"sample of feature {feature!r}: values and lengths must be int64, received {self.values[feature].dtype} and "
+                    f"{lengths.dtype}; convert them with astype(np.int64)"
+                )
             if lengths.shape != (self.num_samples,) or self.values[feature].shape != (int(lengths.sum()),) or bool((lengths < 0).any()):
                 raise DataError(
                     f"sample of feature {feature!r}: lengths of shape {lengths.shape} with sum {int(lengths.sum())} and values of shape "

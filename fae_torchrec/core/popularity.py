@@ -53,6 +53,8 @@ class PopularityProfile:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not 1 <= self.num_samples <= self.total_samples:
+            raise DataError(f"{self.num_samples} of {self.total_samples} inputs counted; at least 1, and at most all, can have been")
         if self.counts.keys() != set(self.tables.names):
             raise DataError(f"counts name the tables {sorted(self.counts)}, allowed are exactly {sorted(self.tables.names)}")
         for table in self.tables:

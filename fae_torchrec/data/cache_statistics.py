@@ -18,6 +18,7 @@ from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.core.fingerprint import fingerprint
 from fae_torchrec.core.stack_distance import stack_distances
 from fae_torchrec.core.tables import TableSet
+from fae_torchrec.data.category_keys import mixed
 from fae_torchrec.data.segregate import check_ids
 
 _KIND = "cache statistics"
@@ -300,16 +301,8 @@ class _Trace:
     def _sampled(self, rows: np.ndarray) -> np.ndarray:
         if not self._halvings:
             return rows
-        kept: np.ndarray = rows[_mixed(rows, self._salt) >> np.uint64(64 - self._halvings) == 0]
+        kept: np.ndarray = rows[mixed(rows.view(np.uint64) ^ self._salt) >> np.uint64(64 - self._halvings) == 0]
         return kept
-
-
-def _mixed(ids: np.ndarray, salt: np.uint64) -> np.ndarray:
-    """A 64-bit hash of each id: uint64 (the finaliser of splitmix64, whose every bit depends on every bit of the id)."""
-    x = ids.astype(np.uint64) ^ salt
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _figures(statistics: TableCacheStatistics) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from operator import index
 from typing import NoReturn
 
 import numpy as np
@@ -51,7 +53,8 @@ class Calibrator:
         self, tables: TableSet, *, sample_rate: float = 0.05, seed: int = 7, keep_inputs: int = 131_072, fresh_inputs: int = 65_536
     ) -> None:
         self.tables = tables
-        self.sampling = Sampling(sample_rate, seed, keep_inputs, fresh_inputs)
+        # Plain numbers: numpy's cannot be written to JSON, and so not into a profile.
+        self.sampling = Sampling(float(sample_rate), index(seed), index(keep_inputs), index(fresh_inputs))
 
     def run(
         self,
@@ -103,7 +106,7 @@ class Calibrator:
             for shard in shards:
                 self._count_shard(tally, shard, source.read_shard(shard), f"{source.name}, shard {shard}", bar)
                 tally.add_shard(shard)
-        tally.add_skipped(SkippedLines.since(known, source.skipped(), getattr(source, "max_bad_lines", None)))
+        tally.add_skipped(SkippedLines.since(known, source.skipped(), source.max_bad_lines))
         return tally.partial()
 
     def run_source(self, source: ShardedSource, *, workers: int = 1, progress: bool = False) -> PopularityProfile:
@@ -134,7 +137,7 @@ class Calibrator:
         """The groups of shards as they are counted by workers."""
         context = multiprocessing.get_context("forkserver")  # imports torch once for all workers; a fork of this process may deadlock
         context.set_forkserver_preload([__name__])
-        pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (logging.getLogger("torch.fx").getEffectiveLevel(),))
         try:
             for future in as_completed([pool.submit(self.count, source, group) for group in groups]):
                 part = future.result()
@@ -164,6 +167,12 @@ class Calibrator:
             tally.add_batch(kjt, rng.random(size), (shard << _PLACE_BITS) + before + np.arange(size))
             before += size
             bar.update(size)
+
+
+def _start_worker(log_level: int) -> None:
+    """One thread for each worker; torch.fx, which warns when the first KeyedJaggedTensor is made, says what it may say in this process."""
+    torch.set_num_threads(1)
+    logging.getLogger("torch.fx").setLevel(log_level)
 
 
 def _bar(total: int | None, progress: bool) -> tqdm[NoReturn]:

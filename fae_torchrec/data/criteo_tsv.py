@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torchrec.datasets.utils import Batch
 
-from fae_torchrec.data.category_keys import CategoryError, hex_keys
+from fae_torchrec.data.category_keys import hex_keys
 from fae_torchrec.data.coding import CategoryCoding
-from fae_torchrec.data.criteo_shape import NUM_DENSE, NUM_SPARSE
+from fae_torchrec.data.criteo_shape import NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
 from fae_torchrec.data.delimited import DelimitedParser
-from fae_torchrec.data.feature_batch import one_hot_batch
-from fae_torchrec.data.text_lines import SHARD_BYTES, TextBlock, TextLines
-from fae_torchrec.data.text_source import TextSource, located
-from fae_torchrec.data.vocabulary import KeyChunk
+from fae_torchrec.data.one_hot_source import Lines, OneHotSource, not_hex
+from fae_torchrec.data.text_lines import SHARD_BYTES, TextLines
+from fae_torchrec.data.text_source import WrongRows
 
-_BATCH_SAMPLES = 65_536
 _DENSE = tuple(f"int_{i}" for i in range(NUM_DENSE))
-_SPARSE = tuple(f"cat_{i}" for i in range(NUM_SPARSE))
 
 
-class CriteoTsvSource(TextSource):
+class CriteoTsvSource(OneHotSource):
     """A ShardedSource over Criteo Kaggle's train.txt (or test.txt) or Criteo Terabyte's day_0 .. day_23, plain or .gz, in file order.
 
     A line is a label (0 or 1), 13 integers and 26 categories of 8 hex digits, separated by tabs, without quotes. Integers and categories
@@ -61,66 +58,28 @@ class CriteoTsvSource(TextSource):
         has_label: bool = True,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        columns = {**dict.fromkeys(("label", *_DENSE), pa.int64()), **dict.fromkeys(_SPARSE, pa.binary(8))}
+        columns = {**dict.fromkeys(("label", *_DENSE), pa.int64()), **dict.fromkeys(SPARSE_NAMES, pa.binary(8))}
         if not has_label:
             del columns["label"]
         text = TextLines(paths, shard_bytes=shard_bytes, max_bad_lines=max_bad_lines)
         parser = DelimitedParser(columns, delimiter="\t", quoting=False, bad_lines=text.bad_lines)
-        super().__init__(text, parser, "Criteo TSV")
-        self.feature_names = _SPARSE
-        self.num_dense = NUM_DENSE
-        self._coding = coding
+        super().__init__(text, parser, "Criteo TSV", SPARSE_NAMES, NUM_DENSE, coding)
         self._has_label = has_label
 
-    def read_keys(self, shard: int) -> Iterator[KeyChunk]:
-        """The categories of one shard before they are coded, to fit a vocabulary on.
-
-        Raises:
-            DataError: as `read_shard`.
-        """
-        for block, table in self._tables(shard):
-            lines = self._lines(block, table)
-            yield {name: (lines.keys[column], lines.missing[column]) for column, name in enumerate(_SPARSE)}
-
-    def _batches_of(self, block: TextBlock, table: Any) -> Iterator[Batch]:
-        labels, dense, keys, missing = self._lines(block, table)
-        for column, name in enumerate(_SPARSE):
-            try:
-                self._coding.encode(name, keys[column], missing[column], out=keys[column])
-            except CategoryError as error:
-                raise located(block, name, error) from error
-        for start in range(0, len(labels), _BATCH_SAMPLES):
-            cut = slice(start, start + _BATCH_SAMPLES)
-            yield one_hot_batch(_SPARSE, dense[cut], np.ascontiguousarray(keys[:, cut]), labels[cut])
-
-    def _lines(self, block: TextBlock, table: Any) -> _Lines:
-        """The lines of a block that are well-formed, and well-formed by what they mean."""
+    def _meaning(self, table: Any, wrong: WrongRows) -> Lines:
         rows = table.num_rows
         keys, missing = np.empty((NUM_SPARSE, rows), dtype=np.int64), np.empty((NUM_SPARSE, rows), dtype=np.bool_)
-        wrong: dict[int, str] = {}  # row -> what is wrong with it
-        enough = self.max_bad_lines + 1  # of the first bad rows of a column: so many are an error anyway
-        for column, name in enumerate(_SPARSE):
+        for column, name in enumerate(SPARSE_NAMES):
             _, _, bad = hex_keys(table.column(name), keys=keys[column], missing=missing[column])
-            for row in bad[:enough].tolist():
-                wrong.setdefault(row, f"column {name!r}: {table.column(name)[row].as_py()!r}, where 8 hex digits are expected")
+            wrong.add(bad, partial(not_hex, table.column(name), name))
         labels = np.zeros(rows, dtype=np.float32)
         if self._has_label:
             labels = table.column("label").fill_null(-1).to_numpy().astype(np.float32)
-            for row in np.flatnonzero((labels != 0) & (labels != 1))[:enough].tolist():
-                wrong.setdefault(row, f"the label is {table.column('label')[row]}, where 0 or 1 is expected")
-        lines = _Lines(labels, _dense(table), keys, missing)
-        if wrong:
-            bad_rows = sorted(wrong)
-            keep = self._text.bad_lines.report(block, np.array(bad_rows), [wrong[row] for row in bad_rows])
-            lines = _Lines(labels[keep], lines.dense[keep], keys[:, keep], missing[:, keep])
-        return lines
-
-
-class _Lines(NamedTuple):
-    labels: np.ndarray  # float32 [n]
-    dense: np.ndarray  # float32 [n, 13]
-    keys: np.ndarray  # int64 [26, n]
-    missing: np.ndarray  # bool [26, n]
+            wrong.add(
+                np.flatnonzero((labels != 0) & (labels != 1)),
+                lambda row: f"the label is {table.column('label')[row]}, where 0 or 1 is expected",
+            )
+        return Lines(labels, _dense(table), keys, missing)
 
 
 def _dense(table: Any) -> np.ndarray:

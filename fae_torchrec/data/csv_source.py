@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fae_torchrec.data.coding import CategoryCoding
 from fae_torchrec.data.delimited import DelimitedParser
 from fae_torchrec.data.feature_batch import bag_batch, one_hot_batch
 from fae_torchrec.data.text_lines import SHARD_BYTES, TextBlock, TextLines
-from fae_torchrec.data.text_source import TextSource, located
+from fae_torchrec.data.text_source import TextSource, WrongRows, located
 from fae_torchrec.data.vocabulary import KeyChunk
 
 _BATCH_SAMPLES = 65_536
@@ -158,7 +159,7 @@ class CsvSource(TextSource):
 
     def _good(self, block: TextBlock, table: Any) -> Any:
         """The rows that are well-formed by what they mean, with bags as lists and missing dense values filled; reports the others."""
-        wrong: dict[int, str] = {}  # row -> what is wrong with it
+        wrong = WrongRows(self._text.bad_lines)
         for name in self._separators:
             bags = pc.split_pattern(table.column(name), self._separators[name])
             if name in self._integer_bags:
@@ -170,17 +171,15 @@ class CsvSource(TextSource):
                 numbers = numbers.fill_null(pa.scalar(self._fill, pa.float32()))
                 table = table.set_column(table.column_names.index(name), name, numbers)
             if numbers.null_count:
-                for row in np.flatnonzero(numbers.is_null().to_numpy()).tolist():
-                    wrong.setdefault(row, f"column {name!r} is missing" + ("" if name == self._label else " (and there is no fill)"))
-            for row in np.flatnonzero(~np.isfinite(numbers.fill_null(0.0).to_numpy())).tolist():
-                wrong.setdefault(row, f"column {name!r}: {numbers[row]}, where a finite number is expected")
-        if wrong:
-            rows = sorted(wrong)
-            table = table.filter(pa.array(self._text.bad_lines.report(block, np.array(rows), [wrong[row] for row in rows])))
-        return table
+                wrong.add(np.flatnonzero(numbers.is_null().to_numpy()), partial(_missing, name, name == self._label))
+            wrong.add(
+                np.flatnonzero(~np.isfinite(numbers.fill_null(0.0).to_numpy())), partial(_expected, numbers, name, "a finite number is")
+            )
+        keep = wrong.reported(block)
+        return table if keep is None else table.filter(pa.array(keep))
 
 
-def _integer_lists(bags: Any, name: str, wrong: dict[int, str]) -> Any:
+def _integer_lists(bags: Any, name: str, wrong: WrongRows) -> Any:
     """Lists of text as lists of integers; what is no integer goes to `wrong`, and its whole bag becomes null."""
     strings = pc.list_flatten(bags)
     try:
@@ -189,8 +188,7 @@ def _integer_lists(bags: Any, name: str, wrong: dict[int, str]) -> Any:
         bad = np.array([not _is_integer(value) for value in strings.to_pylist()])  # only a block with such values comes here
         ends = np.cumsum(pc.fill_null(pc.list_value_length(bags), 0).to_numpy())
         rows = np.searchsorted(ends, np.flatnonzero(bad), side="right")
-        for row in rows.tolist():
-            wrong.setdefault(row, f"column {name!r}: {bags[row].as_py()}, where integers are expected")
+        wrong.add(rows, partial(_expected, bags, name, "integers are"))
         broken = np.zeros(len(bags), dtype=np.bool_)
         broken[rows] = True
         bags = pc.if_else(pa.array(broken), None, bags)
@@ -209,3 +207,11 @@ def _is_integer(value: bytes) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
+
+
+def _missing(name: str, is_label: bool, row: int) -> str:
+    return f"column {name!r} is missing" + ("" if is_label else " (and there is no fill)")
+
+
+def _expected(column: Any, name: str, what: str, row: int) -> str:
+    return f"column {name!r}: {column[row].as_py()}, where {what} expected"

@@ -24,8 +24,9 @@ def one_hot_batch(names: Sequence[str], dense: np.ndarray, ids: np.ndarray, labe
     sparse = KeyedJaggedTensor(
         keys=list(names),
         values=torch.from_numpy(ids.reshape(-1)),
-        lengths=torch.ones(count, dtype=torch.int32),
-        offsets=torch.arange(count + 1, dtype=torch.int32),
+        # numpy's fills, not torch's: the latter's threads would spin against pyarrow's, which parse the next lines meanwhile.
+        lengths=torch.from_numpy(np.ones(count, dtype=np.int32)),
+        offsets=torch.from_numpy(np.arange(count + 1, dtype=np.int32)),
         stride=size,
         length_per_key=[size] * len(names),
         offset_per_key=[size * i for i in range(len(names) + 1)],

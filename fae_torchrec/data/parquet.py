@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,11 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import ConfigError, DataError
+from fae_torchrec.data.category_keys import CategoryError, category_keys
+from fae_torchrec.data.coding import CategoryCoding
 from fae_torchrec.data.dealing import rank_runs, touched
 from fae_torchrec.data.sharded_source import ShardedSource
+from fae_torchrec.data.vocabulary import KeyChunk
 
 _CHUNK_ROWS = 65_536  # rows decoded at a time: large enough to amortise the call, small beside a row group
 
@@ -36,7 +39,9 @@ class ParquetSource(ShardedSource):
         dense: names of numeric or boolean columns, in the order of `dense_features`.
         sparse: names of integer or list-of-integer columns, in the order of the keys.
         label: name of a numeric or boolean column.
-        tables_rows: feature -> rows of its table; ids 0..rows-1 are allowed.
+        tables_rows: feature -> rows of its table; ids 0..rows-1 are allowed. Not with `coding`.
+        coding: from raw categories to rows, instead of `tables_rows`: sparse columns may then hold integers, text, bytes or lists of these,
+            and a null is a missing category, or an empty bag.
 
     Attributes:
         feature_names: keys of the KeyedJaggedTensor, in order (the sparse columns).
@@ -57,7 +62,8 @@ class ParquetSource(ShardedSource):
         dense: Sequence[str],
         sparse: Sequence[str],
         label: str,
-        tables_rows: Mapping[str, int],
+        tables_rows: Mapping[str, int] | None = None,
+        coding: CategoryCoding | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.feature_names = tuple(sparse)
@@ -70,6 +76,10 @@ class ParquetSource(ShardedSource):
             raise ConfigError(f"columns {repeated} are named more than once among dense, sparse and label; name each column once")
         if not sparse:
             raise ConfigError("no sparse columns are named; name at least one")
+        if (tables_rows is None) == (coding is None):
+            raise ConfigError("received tables_rows and coding, or neither; give the rows of coded columns, or a coding of raw ones")
+        self._coding = coding
+        tables_rows = cast(Mapping[str, int], coding.rows if tables_rows is None and coding is not None else tables_rows)
         unsized = [name for name in sparse if name not in tables_rows]
         if unsized:
             raise ConfigError(f"no row count for the sparse columns {unsized}; counts are given for {sorted(tables_rows)}; add them")
@@ -195,15 +205,27 @@ class ParquetSource(ShardedSource):
             )
         return numbers
 
+    def read_keys(self, shard: int) -> Iterator[KeyChunk]:
+        """The categories of one row group before they are coded, to fit a vocabulary on.
+
+        Raises:
+            DataError: the file is damaged, or a column is of a kind that has no categories.
+        """
+        bounds = self._group_starts[shard : shard + 2]
+        for _, records in self._chunks(bounds[:1], bounds[1:]):
+            table = pa.Table.from_batches([records])
+            yield {name: category_keys(self._bags(table, name)[0], f"{self.path}: {name}") for name in self.feature_names}
+
     def _ids(self, table: Any, name: str, first_row: int) -> tuple[np.ndarray, np.ndarray]:
         """A sparse column as ids int64 [nnz] and bag lengths int32 [n]."""
-        column = table.column(name)
-        self._check_nulls(column, name, first_row)
-        if _is_list(column.type):
-            lengths = pc.list_value_length(column).to_numpy().astype(np.int32)
-            column = pc.list_flatten(column)
-        else:
-            lengths = np.ones(table.num_rows, dtype=np.int32)
+        column, lengths = self._bags(table, name)
+        if self._coding is not None:
+            try:
+                keys, missing = category_keys(column, f"{self.path}: {name}")
+                return self._coding.encode(name, keys, missing), lengths
+            except CategoryError as error:
+                raise DataError(f"{self.path}: column {name!r}, row {_row(first_row, lengths, error.position)}: {error}") from None
+        self._check_nulls(table.column(name), name, first_row)
         ids = column.to_numpy() if column.null_count == 0 else None
         if ids is None:
             at, shown = int(np.flatnonzero(column.is_null().to_numpy())[0]), "null"
@@ -212,11 +234,17 @@ class ParquetSource(ShardedSource):
             shown = str(ids[at])
         else:
             return ids.astype(np.int64), lengths
-        row = first_row + int(np.searchsorted(np.cumsum(lengths), at, side="right"))
         raise DataError(
-            f"{self.path}: column {name!r}, row {row} (counted from 0): id {shown} is out of range; allowed 0..{self._rows[name] - 1}; "
-            f"correct the id or give the table more rows"
+            f"{self.path}: column {name!r}, row {_row(first_row, lengths, at)} (counted from 0): id {shown} is out of range; allowed "
+            f"0..{self._rows[name] - 1}; correct the id or give the table more rows"
         )
+
+    def _bags(self, table: Any, name: str) -> tuple[Any, np.ndarray]:
+        """A sparse column's categories, one bag after the other, and bag lengths int32 [n]."""
+        column = table.column(name)
+        if not _is_list(column.type):
+            return column, np.ones(table.num_rows, dtype=np.int32)
+        return pc.list_flatten(column), pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int32)
 
     def _check_nulls(self, column: Any, name: str, first_row: int) -> None:
         if column.null_count:
@@ -234,13 +262,19 @@ class ParquetSource(ShardedSource):
         for name in self._columns:
             kind = schema.field(name).type
             if name in self._rows:
-                right = pa.types.is_integer(kind.value_type if _is_list(kind) else kind)
-                allowed = "integers or lists of integers"
+                item = kind.value_type if _is_list(kind) else kind
+                right = pa.types.is_integer(item) or (self._coding is not None and not _is_list(item))  # `category_keys` is more exact
+                allowed = "integers or lists of integers, or with a coding categories or lists of them"
             else:
                 right = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
                 allowed = "numbers or booleans"
             if not right:
                 raise DataError(f"{self.path}: column {name!r} has type {kind}; allowed are {allowed}; code the column so")
+
+
+def _row(first_row: int, lengths: np.ndarray, position: int) -> int:
+    """The row of the file whose bag holds the category at a position; `first_row` is the row of the first bag."""
+    return first_row + int(np.searchsorted(np.cumsum(lengths), position, side="right"))
 
 
 def _is_list(kind: Any) -> bool:

@@ -27,11 +27,13 @@ class ShardedSource(ABC):
         feature_names: keys of the KeyedJaggedTensor, in order.
         num_dense: columns of `dense_features`.
         name: what it is, with everything that decides its samples (files, their sizes and times of writing), for provenance.
+        max_bad_lines: malformed lines that may be skipped by all copies of the source together; None: it sees to that by itself.
     """
 
     feature_names: tuple[str, ...]
     num_dense: int
     name: str
+    max_bad_lines: int | None = None
 
     @property
     @abstractmethod

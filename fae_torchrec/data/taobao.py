@@ -23,6 +23,7 @@ FEATURES = ("user", "item", "category")
 SHARD_WINDOWS = 32_768
 """Windows per shard; each is two samples."""
 
+_MOST_DRAWS = 1_000  # of another item, for one window
 _EVENTS_PER_USER = 100  # of the public file (987,994 users, 100,150,807 events); only for progress bars
 
 
@@ -207,11 +208,16 @@ class TaobaoSource(ShardedSource):
         log, uniform = self._log, self._negatives == "uniform"
         others = np.empty_like(ends)
         left = np.arange(len(ends))
-        while left.size:
+        for _ in range(_MOST_DRAWS):
             drawn = random.integers(0, len(log.first_of_item) if uniform else len(log.items), size=left.size)
             others[left] = log.first_of_item[drawn] if uniform else drawn
             left = left[log.items[others[left]] == log.items[ends[left]]]
-        return others
+            if not left.size:
+                return others
+        raise DataError(
+            f"{self.name}: {_MOST_DRAWS} draws found no other item for {left.size} windows, because nearly all events are of one item; "
+            "take negatives 'uniform', or leave that item out"
+        )
 
     def _random(self, purpose: int, shard: int) -> np.random.Generator:
         """A stream of its own for each shard: the counter's highest word."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.data.category_keys import CategoryError
 from fae_torchrec.data.delimited import DelimitedParser
 from fae_torchrec.data.sharded_source import ShardedSource
-from fae_torchrec.data.text_lines import TextBlock, TextLines
+from fae_torchrec.data.text_lines import BadLines, TextBlock, TextLines
 
 
 class TextSource(ShardedSource):
@@ -81,6 +82,34 @@ class TextSource(ShardedSource):
     def _count(self, shard: int) -> int:
         # Where no line may be skipped every line is a sample (or an error when it is read); otherwise only reading tells which are.
         return super()._count(shard) if self.max_bad_lines else self._text.count_lines(shard)
+
+
+class WrongRows:
+    """The rows of a block that are malformed by what they mean, with what is wrong with each.
+
+    Args:
+        bad_lines: what they are reported to.
+    """
+
+    def __init__(self, bad_lines: BadLines) -> None:
+        self._bad_lines = bad_lines
+        self._reasons: dict[int, str] = {}
+
+    def add(self, rows: np.ndarray, reason: Callable[[int], str]) -> None:
+        """Adds rows, ascending; the first reason of a row counts. Beyond what may be skipped none is looked at: that is an error anyway."""
+        for row in rows[: self._bad_lines.max_bad_lines + 1].tolist():
+            self._reasons.setdefault(row, reason(row))
+
+    def reported(self, block: TextBlock) -> np.ndarray | None:
+        """Reports what was added; which rows are left: bool [rows], or None if all are.
+
+        Raises:
+            DataError: more lines are malformed than allowed.
+        """
+        if not self._reasons:
+            return None
+        rows = sorted(self._reasons)
+        return self._bad_lines.report(block, np.array(rows), [self._reasons[row] for row in rows])
 
 
 def located(block: TextBlock, feature: str, error: CategoryError) -> DataError:

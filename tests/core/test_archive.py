@@ -119,9 +119,9 @@ def test_a_relative_path_without_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_uri_goes_through_iopath(tmp_path: Path) -> None:
-    from iopath.common.file_io import NativePathHandler, g_pathmgr
+    from iopath.common.file_io import PathHandler, g_pathmgr
 
-    class Store(NativePathHandler):
+    class Store(PathHandler):
         def _get_supported_prefixes(self) -> list[str]:
             return ["store://"]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fae_torchrec.core.candidates import Candidates, pinned_tables
-from fae_torchrec.core.errors import BudgetError, ConfigError
+from fae_torchrec.core.errors import BudgetError, ConfigError, DataError
 from fae_torchrec.core.tables import Optimizer, TableSet, TableSpec
-from tests.core.small_profiles import profile_of_counts, profile_of_inputs, sample_of, small_tables
+from tests.core.small_profiles import Inputs, profile_of_counts, profile_of_inputs, sample_of, small_tables
 
 
 def test_seen_rows_are_numbered_table_after_table() -> None:
@@ -16,7 +16,6 @@ def test_seen_rows_are_numbered_table_after_table() -> None:
     assert candidates.starts.tolist() == [0, 2, 4] and len(candidates) == 4
     assert candidates.counts.tolist() == [5, 2, 7, 1]
     assert candidates.row_bytes.tolist() == [4, 4, 8, 8] and candidates.total_bytes == 24
-    assert candidates.table_number.tolist() == [0, 0, 1, 1]
     hot = candidates.hot_ids(np.array([False, True, True, False]))
     assert {name: ids.tolist() for name, ids in hot.items()} == {"a": [2], "b": [2]}
 
@@ -43,9 +42,16 @@ def test_a_negative_pinning_is_refused() -> None:
         pinned_tables(small_tables([2]), -1)
 
 
+def test_more_candidates_than_int32_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fae_torchrec.core.candidates._MOST", 3)
+    assert len(Candidates(profile_of_counts([5, 0, 2], [0, 7]), pinned_max_rows=0)) == 3
+    with pytest.raises(DataError, match="4 rows were seen, at most 3 can be selected from"):
+        Candidates(profile_of_counts([5, 0, 2], [1, 7]), pinned_max_rows=0)
+
+
 def test_incidence_by_hand() -> None:
     tables = small_tables([4, 3])
-    inputs = [[[0, 3, 0], []], [[3], [2, 1]], [[], []]]
+    inputs: Inputs = [[[0, 3, 0], []], [[3], [2, 1]], [[], []]]
     candidates = Candidates(profile_of_inputs(tables, inputs), pinned_max_rows=0)  # a0 a3 b1 b2
     at, row = candidates.incidence(sample_of(tables, inputs))
     assert sorted(zip(at.tolist(), row.tolist(), strict=True)) == [(0, 0), (0, 1), (1, 1), (1, 2), (1, 3)], (

@@ -110,6 +110,17 @@ def test_no_budget_at_all_is_no_hot_row(policy: Policy) -> None:
     assert (hot_set.threshold, hot_set.used_bytes, hot_set.coverage, hot_set.hot_inputs) == (None, 0, 0.0, 0.0)
 
 
+def test_a_budget_is_a_whole_number_of_any_type(tmp_path: Path) -> None:
+    """Not a number would hold everything: no sum of bytes exceeds it."""
+    profile = profile_of_counts([5, 0, 2], [0, 0, 7, 1])
+    for budget in (float("nan"), 1e3):
+        with pytest.raises(ConfigError, match="whole number of bytes"):
+            select_hot_set(profile, budget, pinned_max_rows=0)  # type: ignore[arg-type]
+    hot_set = select_hot_set(profile, np.int64(8), pinned_max_rows=0)  # type: ignore[arg-type]
+    hot_set.save(tmp_path / "hot.npz")
+    assert HotSet.load(tmp_path / "hot.npz").fingerprint == hot_set.fingerprint
+
+
 def test_too_small_a_budget_says_what_is_needed() -> None:
     profile = profile_of_counts([0, 0], [9, 8, 7], [1] * 9)
     assert [t.name for t in pinned_tables(profile.tables, 3)] == ["a", "b"]

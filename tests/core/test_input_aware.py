@@ -78,6 +78,34 @@ def test_rows_that_were_counted_but_not_kept_go_by_their_counts() -> None:
     assert [candidates.hot_ids(mask)["a"].tolist() for mask in input_aware_masks(candidates, [4, 8, 12])] == [[0], [0, 3], [0, 1, 3]]
 
 
+def test_rows_that_are_alike_leave_one_by_one() -> None:
+    """Rows that no kept input needs are bundles by table and count; a budget within a bundle takes just as many as fit."""
+    tables = small_tables([2000, 1000], dims=(1, 2))
+    whole = profile_of_inputs(tables, [[[0], []]])
+    counts = np.zeros(2000, dtype=np.int64)
+    counts[[0, 3]], counts[1000:], counts[5:105] = 3, 1, 2
+    by_table = {"a": RowCounts.from_dense(counts), "b": RowCounts.from_dense(np.ones(1000, dtype=np.int64))}
+    total = int(counts.sum()) + 1000
+    candidates = Candidates(
+        PopularityProfile(tables, by_table, whole.counted_inputs, None, total, total, 1.0, 0, "", {}), pinned_max_rows=0
+    )
+    for once in (0, 1, 450, 999):
+        for room in (4 * (2 + 100 + once), 4 * (2 + 100 + once) + 3):
+            (hot,) = input_aware_masks(candidates, [room])
+            ids = candidates.hot_ids(hot)["a"]
+            assert {0, 3, *range(5, 105)} <= set(ids.tolist()) and len(ids) == 102 + once
+            assert not len(candidates.hot_ids(hot)["b"]), "as often accessed, for twice the bytes"
+
+
+def test_equal_rows_that_no_input_needs_go_first() -> None:
+    tables = small_tables([8], dims=(1,))
+    whole = profile_of_inputs(tables, [[[0]], [[1]]])
+    counts = {"a": RowCounts.from_dense(np.full(8, 2))}
+    candidates = Candidates(PopularityProfile(tables, counts, whole.counted_inputs, None, 16, 16, 1.0, 0, "", {}), pinned_max_rows=0)
+    (hot,) = input_aware_masks(candidates, [2 * 4])
+    assert candidates.hot_ids(hot)["a"].tolist() == [0, 1]
+
+
 @st.composite
 def _cases(draw: st.DrawFn) -> tuple[PopularityProfile, int]:
     tables = small_tables([4, 4], dims=draw(st.sampled_from([(1, 1), (1, 3)])))
@@ -92,7 +120,9 @@ def test_the_room_is_kept_and_the_best_is_not_far(case: tuple[PopularityProfile,
     profile, room = case
     candidates = Candidates(profile, pinned_max_rows=0)
     (hot,) = input_aware_masks(candidates, [room])
-    assert int(candidates.row_bytes[hot].sum()) <= room
+    used = int(candidates.row_bytes[hot].sum())
+    assert used <= room
+    assert hot.all() or room - used < candidates.row_bytes.max(), "less is left than one row"
     # Eight rows are few for a heuristic that takes rows away one by one; larger cases come closer to the optimum (below).
     assert hot_input_count(candidates, hot) >= 0.5 * _best(candidates, room) - 1
 

@@ -31,6 +31,13 @@ def test_samples_that_contradict_themselves_are_refused(values: np.ndarray, leng
         InputSample({"x": values}, {"x": lengths}, inputs)
 
 
+def test_arrays_of_another_type_are_refused() -> None:
+    """They would come back from a file as int64, with another fingerprint: "it was altered"."""
+    for values, lengths in ((_ids(1, 2), np.array([1, 1], dtype=np.int32)), (_ids(1, 2).astype(np.int32), _ids(1, 1))):
+        with pytest.raises(DataError, match="must be int64, received int"):
+            InputSample({"x": values}, {"x": lengths}, 2)
+
+
 def test_no_inputs_or_other_features_are_refused() -> None:
     with pytest.raises(DataError, match="at least 1 input"):
         InputSample({}, {}, 0)

@@ -82,11 +82,13 @@ def test_what_is_no_bijection_is_refused(some: np.ndarray) -> None:
 def test_from_hot_set_keeps_the_parent_and_the_forecast() -> None:
     hot_set = HotSet(
         tables=TABLES, hot_ids=_placement().hot_ids, pinned=("all",), budget_bytes=999, used_bytes=168, threshold=4,
-        policy="threshold", coverage=0.75, hot_inputs=0.5, profile_fingerprint="p",
+        policy="threshold", coverage=0.75, hot_inputs=0.5, hot_inputs_interval=(0.4, 0.6), resolution_reached=False, resolving_rate=0.05,
+        profile_fingerprint="p",
     )  # fmt: skip
     placement = RowPlacement.from_hot_set(hot_set)
     assert (placement.hot_set_fingerprint, placement.budget_bytes) == (hot_set.fingerprint, 999)
     assert (placement.coverage, placement.hot_inputs, placement.hot_bytes) == (0.75, 0.5, 168)
+    assert placement.hot_inputs_interval == (0.4, 0.6)
     assert placement.fingerprint == _placement().fingerprint  # another parent, the same rows in the same places
 
 

@@ -87,6 +87,13 @@ def test_the_seed_decides() -> None:
     assert runs[0].counts["a"].dense().tolist() != runs[2].counts["a"].dense().tolist()
 
 
+def test_numbers_may_be_of_numpy() -> None:
+    batches = [make_batch(make_samples(40))]
+    plain = Calibrator(TABLES, sample_rate=0.5, seed=3, keep_inputs=9, fresh_inputs=8).run(batches)
+    seed, keep, fresh = np.int64(3), np.int64(9), np.int32(8)
+    assert _same(Calibrator(TABLES, sample_rate=np.float32(0.5), seed=seed, keep_inputs=keep, fresh_inputs=fresh).run(batches), plain)  # type: ignore[arg-type]
+
+
 def test_a_rate_of_one_counts_everything() -> None:
     samples = make_samples(50)
     profile = Calibrator(TABLES, sample_rate=1).run(cut_samples(samples, 7))

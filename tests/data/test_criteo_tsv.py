@@ -179,7 +179,7 @@ def test_keys_before_coding(tmp_path: Path) -> None:
 
 
 def test_batches_are_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fae_torchrec.data.criteo_tsv._BATCH_SAMPLES", 4)
+    monkeypatch.setattr("fae_torchrec.data.one_hot_source._BATCH_SAMPLES", 4)
     content = criteo_lines(10)
     source = CriteoTsvSource([write_text(tmp_path, content)], coding=CODING)
     assert [batch.labels.numel() for batch in source.read_shard(0)] == [4, 4, 2]

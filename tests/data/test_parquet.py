@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.errors import ConfigError, DataError
+from fae_torchrec.data.coding import category_coding
 from fae_torchrec.data.parquet import ParquetSource
+from fae_torchrec.data.vocabulary import fit_vocabulary
 from tests.data.text_files import mount
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "completejourney"
@@ -275,3 +277,35 @@ def test_completejourney_as_it_is_described() -> None:
     halves = [[batch.dense_features.double().sum().item() for batch in source.batches(4096, rank=r, world_size=2)] for r in range(2)]
     whole = sum(table.column(name).to_numpy().astype(np.float64).sum() for name in ("quantity", "sales_value"))
     assert sum(map(sum, halves)) == pytest.approx(whole)
+
+
+def test_raw_categories_are_coded(tmp_path: Path) -> None:
+    """Text, bags of text with null and empty bags, and integers with a null, by a vocabulary fitted on the file itself."""
+    path = tmp_path / "raw.parquet"
+    columns = {
+        "city": pa.array(["Rom", None, "Bern", "Rom", ""]),
+        "tags": pa.array([["a", "b"], None, [], ["b", None], ["b"]], pa.list_(pa.string())),
+        "shop": pa.array([7, 7, None, -1, 9], pa.int64()),
+        "label": pa.array([0, 1, 0, 1, 1]),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    names = ("city", "tags", "shop")
+    raw = ParquetSource(path, dense=[], sparse=names, label="label", coding=category_coding("hash", dict.fromkeys(names, 1)))
+    vocabulary = fit_vocabulary(raw)
+    assert vocabulary.rows == {"city": 3, "tags": 3, "shop": 4}
+    source = ParquetSource(path, dense=[], sparse=names, label="label", coding=category_coding("vocabulary", vocabulary=vocabulary))
+    (batch,) = source.batches(5)
+    ids = {name: [bag.tolist() for bag in batch.sparse_features[name].to_dense()] for name in names}
+    assert ids["city"] == [[1], [0], [2], [1], [0]], "the most frequent first; missing is 0"
+    assert ids["tags"] == [[2, 1], [], [], [1, 0], [1]]
+    assert sorted(ids["shop"][3] + ids["shop"][4]) == [2, 3] and ids["shop"][:3] == [[1], [1], [0]]
+
+
+def test_a_coding_and_rows_are_one_too_many(tmp_path: Path) -> None:
+    path = write(tmp_path, columns(4))
+    both: dict[str, Any] = {"tables_rows": {"one": 7}, "coding": category_coding("hash", {"one": 7})}
+    for options in ({}, both):
+        with pytest.raises(ConfigError, match="tables_rows and coding, or neither"):
+            ParquetSource(path, dense=[], sparse=["one"], label="label", **options)
+    with pytest.raises(DataError, match=r"column 'one', row 2: .*category 2 of 4 .*ids 0\.\.1 are allowed"):
+        list(ParquetSource(path, dense=[], sparse=["one"], label="label", coding=category_coding("none", {"one": 2})).batches(4))

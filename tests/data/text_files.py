@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from iopath.common.file_io import NativePathHandler, g_pathmgr
+from iopath.common.file_io import PathHandler, g_pathmgr
 from torchrec.datasets.utils import Batch
 
 BOM = b"\xef\xbb\xbf"
@@ -74,7 +74,7 @@ def one_hot_samples(batches: Iterable[Batch]) -> list[tuple[float, tuple[float, 
 def mount(folder: Path, prefix: str) -> None:
     """Shows a folder to iopath as a store: `prefix` + name."""
 
-    class Store(NativePathHandler):  # type: ignore[misc]
+    class Store(PathHandler):  # type: ignore[misc]
         def _get_supported_prefixes(self) -> list[str]:
             return [prefix]
 

@@ -1,10 +1,11 @@
-"""run_on_local_ranks and from_first_rank: results in order, a rank's own error, nobody left behind."""
+"""run_on_local_ranks, from_first_rank and merged_on_first_rank: results in order, a rank's own error, nobody left behind."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch
 import torch.distributed as dist
 
 from fae_torchrec.core.errors import DataError
-from fae_torchrec.distributed.local_ranks import _own_error, from_first_rank, launched_group, run_on_local_ranks, world_size_of_environment
+from fae_torchrec.distributed.local_ranks import (
+    _own_error,
+    from_first_rank,
+    launched_group,
+    merged_on_first_rank,
+    run_on_local_ranks,
+    world_size_of_environment,
+)
 
 
 class MadeUpError(Exception):
@@ -24,21 +32,45 @@ def _raises() -> None:
     raise DataError("of rank 0 alone")
 
 
+def _told(call: Callable[[], Any]) -> str:
+    """The DataError of a call."""
+    try:
+        return f"none, but {call()}"
+    except DataError as raised:
+        return str(raised)
+
+
+def _merged(group: dist.ProcessGroup, *failing: int, merge: bool = True) -> Any:
+    """What each rank counted and who merged it; `failing` ranks raise, and so does the merge if it must not be."""
+
+    def part() -> list[int]:
+        if dist.get_rank() in failing:
+            raise DataError(f"of rank {dist.get_rank()}'s part")
+        return [10 * dist.get_rank() + number for number in range(2)]
+
+    def joined(parts: list[list[int]]) -> tuple[int, list[list[int]]]:
+        if not merge:
+            raise DataError("of the merge")
+        return dist.get_rank(), parts
+
+    return merged_on_first_rank(part, joined, group)
+
+
 def _see(rank: int, word: str, folder: str) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
-    try:
-        from_first_rank(_raises, group)
-        error = "none"
-    except DataError as raised:
-        error = str(raised)
     last = dist.new_group([1])  # a group whose first rank is not the world's
     return {
         "rank": (rank, dist.get_rank(), dist.get_world_size(), os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]),
         "word": word,
         "from first rank": from_first_rank(lambda: ("made on", dist.get_rank()), group),
         "from the group's first rank": from_first_rank(dist.get_rank, last) if rank == 1 else None,
-        "error": error,
+        "error": _told(lambda: from_first_rank(_raises, group)),
+        "merged": _merged(group),
+        "merged in the group": _merged(last) if rank == 1 else None,
+        "errors of a part": [_told(lambda failing=failing: _merged(group, *failing)) for failing in ([1], [0], [0, 1])],
+        "error of the merge": _told(lambda: _merged(group, merge=False)),
+        "merged after errors": _merged(group),
         "tensor": torch.full((2,), float(rank)),
         "backend": dist.get_backend(),
         "world size of environment": world_size_of_environment(),
@@ -52,10 +84,14 @@ def test_results_in_rank_order(tmp_path: Path) -> None:
         assert seen["word"] == "word"
         assert seen["from first rank"] == ("made on", 0)
         assert seen["error"] == "of rank 0 alone", "on every rank"
+        assert seen["merged"] == seen["merged after errors"] == (0, [[0, 1], [10, 11]]), "merged on rank 0, in the order of the ranks"
+        assert seen["errors of a part"] == ["of rank 1's part", "of rank 0's part", "of rank 0's part"]
+        assert seen["error of the merge"] == "of the merge"
         assert seen["tensor"].tolist() == [rank, rank]
         assert seen["backend"] == "gloo"
         assert seen["world size of environment"] == 2
     assert results[1]["from the group's first rank"] == 1
+    assert results[1]["merged in the group"] == (1, [[10, 11]])
 
 
 def _fails_on_rank_1(rank: int, folder: str) -> None:
