@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from record import record_header, write_record
 from tqdm import tqdm
 
-from fae_torchrec.core.hot_set import POLICIES, select_hot_set
+from fae_torchrec.core.hot_set import POLICIES, Policy, select_hot_set
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer, TableSet, TableSpec
 from fae_torchrec.data.calibrator import Calibrator
@@ -42,15 +43,17 @@ def main(argv: list[str] | None = None) -> int:
         tuple(TableSpec(f"t_{f}", rows, 16, (f,), optimizer=Optimizer.ROWWISE_ADAGRAD) for f, rows in source.cardinalities.items())
     )
     results = []
-    for policy in POLICIES:
-        runs = [_run(batches, tables, arguments, policy) for _ in tqdm(range(arguments.repeats), desc=policy, disable=None)]
+    for policy, budget_mib in product(POLICIES, arguments.budgets_mib):
+        name = f"{policy}, {budget_mib} MiB"
+        runs = [_run(batches, tables, arguments, policy, budget_mib) for _ in tqdm(range(arguments.repeats), desc=name, disable=None)]
         seconds = {part: statistics.median(run["seconds"][part] for run in runs) for part in runs[0]["seconds"]}
         totals = sorted(sum(run["seconds"].values()) for run in runs)
         results.append({
-            "policy": policy, "seconds": statistics.median(totals), "seconds_range": [totals[0], totals[-1]], "parts": seconds,
+            "policy": policy, "budget_mib": budget_mib, "seconds": statistics.median(totals), "seconds_range": [totals[0], totals[-1]],
+            "parts": seconds,
             **{key: runs[0][key] for key in ("seen_rows", "hot_rows", "used_bytes", "hot_inputs", "hot_samples")},
         })  # fmt: skip
-        print(f"{policy}: {results[-1]['seconds']:.3f} s ({', '.join(f'{part} {value:.3f}' for part, value in seconds.items())})")
+        print(f"{name}: {results[-1]['seconds']:.3f} s ({', '.join(f'{part} {value:.3f}' for part, value in seconds.items())})")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"resident at most {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB of it before the first run (torch and the samples)")
     record = {
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         "resident_bytes": {"peak": peak, "before": before},
         "targets": TARGETS,
         "targets_met": {
-            "seconds": max(result["seconds"] for result in results) <= TARGETS["seconds"],
+            "seconds": max(result["seconds"] for result in results if result["budget_mib"] == 256) <= TARGETS["seconds"],
             "resident_bytes": peak <= TARGETS["resident_bytes"],
         },
     }  # fmt: skip
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(batches: list[Any], tables: TableSet, arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
+def _run(batches: list[Any], tables: TableSet, arguments: argparse.Namespace, policy: Policy, budget_mib: int) -> dict[str, Any]:
     seconds = {}
 
     def timed(part: str, work: Callable[[], Any]) -> Any:
@@ -81,7 +84,7 @@ def _run(batches: list[Any], tables: TableSet, arguments: argparse.Namespace, po
 
     calibrator = Calibrator(tables, sample_rate=arguments.sample_rate, seed=arguments.seed)
     profile = timed("profile", lambda: calibrator.run(batches))
-    hot_set = timed("select", lambda: select_hot_set(profile, arguments.budget_mib * 2**20, policy=policy))
+    hot_set = timed("select", lambda: select_hot_set(profile, budget_mib * 2**20, policy=policy))
     placement = RowPlacement.from_hot_set(hot_set)
     hot = timed("classify", lambda: sum(int(hot_samples(batch.sparse_features, placement).sum()) for batch in batches))
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--scale", type=float, default=1.0, help="of Criteo Kaggle's published rows")
     parser.add_argument("--sample-rate", type=float, default=0.05)
-    parser.add_argument("--budget-mib", type=int, default=256)
+    parser.add_argument("--budgets-mib", type=int, nargs="+", default=[256, 2], help="256 holds every seen row, 2 about two thirds of them")
     parser.add_argument("--batch-size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=7)

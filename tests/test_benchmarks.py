@@ -117,3 +117,22 @@ def test_the_kept_result_is_judged_by_these_targets() -> None:
     record = json.loads(RESULT.read_text())
     assert "--quick" not in record["command"]
     assert import_module("sharded_step_summary").judged_targets(record["summary"]) == record["targets"]
+
+
+def test_calibrate_and_selection_run(tmp_path: Path, benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)  # the measurement takes one for itself
+    small = ["--samples", "3000", "--scale", "0.001"]
+    assert (
+        import_module("calibrate").main([*small, "--repeats", "1", "--sample-rate", "0.5", "--json", str(tmp_path / "calibrate.json")]) == 0
+    )
+    record = json.loads((tmp_path / "calibrate.json").read_text())
+    assert [(result["policy"], result["budget_mib"]) for result in record["results"]] == [
+        *(("input_aware", budget) for budget in (256, 2)),
+        *(("threshold", budget) for budget in (256, 2)),
+    ]
+    assert all(result["used_bytes"] <= result["budget_mib"] * 2**20 for result in record["results"])
+    selection = import_module("selection")
+    monkeypatch.setattr(selection, "_COMPLETEJOURNEY", tmp_path / "absent")
+    record = selection.main([*small, "--other-samples", "500", "--sample-rates", "0.5", "--json", str(tmp_path / "selection.json")])
+    assert record == json.loads((tmp_path / "selection.json").read_text())
+    assert all(result["used_bytes"] <= result["budget_bytes"] for result in record["results"])

@@ -14,8 +14,8 @@ from fae_torchrec import doctor
 from fae_torchrec.doctor import Environment, collect, describe, diagnose, examine
 
 OTHERS = {
-    "torchx": "0.7.0", "tensordict": "0.15.3", "torchmetrics": "1.0.3", "numpy": "2.4.6", "pyarrow": "26.0.1", "iopath": "0.1.10",
-    "matplotlib": "3.11.2", "PyYAML": "6.0.3", "tqdm": "4.70.1",
+    "torchx": "0.7.0", "tensordict": "0.15.3", "torchmetrics": "1.0.3", "numpy": "2.4.6", "scipy": "1.17.1",
+    "pyarrow": "26.0.1", "iopath": "0.1.10", "matplotlib": "3.11.2", "PyYAML": "6.0.3", "tqdm": "4.70.1",
 }  # fmt: skip
 H200 = (("NVIDIA H200", 150 * 1024**3),)
 

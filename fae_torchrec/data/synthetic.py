@@ -14,10 +14,10 @@ table) were fitted by Nelder-Mead to the three published points of FAE Fig. 5, a
 Residuals at 1/10 (`python benchmarks/synthetic_fit.py`, its JSON and `docs/images/synthetic_fit.png`), in percentage points:
 
     samples counted    Kaggle 0.20 %  0.95 %  6.8 %    Terabyte 0.03 %  0.13 %  0.66 %
-            200,000             -0.8    -1.0   -2.9                0.0    -2.1    -3.5
-            500,000             -0.7    -0.2   +0.5               +0.3    -0.9    -0.7
-          1,000,000             -0.6     0.0   +2.7               +0.4    -0.4    +1.5
-    drawn independently        -47.6   -50.6  -37.7              -47.2   -48.8   -36.6
+            200,000             -0.7    -1.1   -2.8                0.0    -2.0    -3.5
+            500,000             -0.6    -0.2   +0.5               +0.3    -0.9    -0.7
+          1,000,000             -0.6    +0.1   +2.7               +0.4    -0.4    +1.5
+    drawn independently        -47.6   -50.6  -37.6              -47.1   -48.7   -36.6
 
 More counted samples find more of the tail, hence the drift of the last points. At scale 1 the closed form predicts +1, -2 and -3 for
 Kaggle, +7, -1 and -2 for Terabyte. At 1/100 the small tables, which do not shrink, outgrow the smallest byte shares.
