@@ -125,9 +125,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, command: list[str]) -> int:
     from fae_torchrec.config import load_config  # here and below: --help and doctor must not wait for torch
-    from fae_torchrec.distributed.local_ranks import quiet_host
+    from fae_torchrec.distributed.local_ranks import quiet_host, world_size_of_environment
 
     quiet_host()
+    if arguments.command not in ("profile", "train") and world_size_of_environment() > 1:
+        does = "starts its own ranks" if arguments.command == "compare" else "is the work of one process"
+        raise ConfigError(f"fae {arguments.command} {does}; received a torchrun environment of several; start it as one process")
     config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
     if getattr(arguments, "output", None):
         config = replace(config, output=arguments.output)
@@ -280,7 +283,6 @@ def _train(arguments: argparse.Namespace, config: Any) -> int:
 
 def _compare(arguments: argparse.Namespace, config: Any, command: list[str]) -> int:
     from fae_torchrec.compare import compare
-    from fae_torchrec.distributed.local_ranks import world_size_of_environment
     from fae_torchrec.training.report import write_report
     from fae_torchrec.training.report_table import text_table
 
@@ -288,8 +290,6 @@ def _compare(arguments: argparse.Namespace, config: Any, command: list[str]) -> 
         if min(arguments.ranks) < 1 or len(set(arguments.ranks)) < len(arguments.ranks):
             raise ConfigError(f"--ranks: received {arguments.ranks}; give numbers of at least 1, none twice")
         config = replace(config, compare=replace(config.compare, ranks=tuple(arguments.ranks)))
-    if world_size_of_environment() > 1:
-        raise ConfigError("fae compare starts its own ranks; received a torchrun environment of several; start it as one process")
     report = compare(config, command, show_progress=not arguments.quiet)
     paths = write_report(report, config.output)
     _print(arguments, [text_table(report), "", *(str(path) for path in paths)], paths[0].read_text(encoding="utf-8"))

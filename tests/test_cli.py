@@ -317,6 +317,9 @@ def test_compare_under_torchrun_is_refused(config: Path, capfd: pytest.CaptureFi
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["compare", "--config", str(config)]) == 2
     assert "starts its own ranks" in capfd.readouterr().err
+    for command in ("vocabulary", "place", "report"):
+        assert cli.main([command, "--config", str(config)]) == 2
+        assert f"fae {command} is the work of one process" in capfd.readouterr().err
 
 
 def test_other_errors_keep_their_traceback(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

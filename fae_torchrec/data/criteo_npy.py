@@ -17,6 +17,7 @@ from fae_torchrec.data.coding import CategoryCoding
 from fae_torchrec.data.criteo_shape import NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
 from fae_torchrec.data.feature_batch import one_hot_batch
 from fae_torchrec.data.sharded_source import ShardedSource
+from fae_torchrec.data.text_lines import absolute
 from fae_torchrec.data.vocabulary import KeyChunk
 
 SHARD_ROWS = 262_144
@@ -178,7 +179,7 @@ def _map(path: str) -> np.ndarray:
 def _described(path: str) -> str:
     status = os.stat(g_pathmgr.get_local_path(path))
     written = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat(timespec="seconds")
-    return f"{path} ({status.st_size} bytes, written {written})"
+    return f"{absolute(path)} ({status.st_size} bytes, written {written})"
 
 
 def _feature_major(rows: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from fae_torchrec.data.category_keys import CategoryError, category_keys
 from fae_torchrec.data.coding import CategoryCoding
 from fae_torchrec.data.dealing import rank_runs, touched
 from fae_torchrec.data.sharded_source import ShardedSource
+from fae_torchrec.data.text_lines import absolute
 from fae_torchrec.data.vocabulary import KeyChunk
 
 _CHUNK_ROWS = 65_536  # rows decoded at a time: large enough to amortise the call, small beside a row group
@@ -97,7 +98,7 @@ class ParquetSource(ShardedSource):
         self._check_schema(schema)
         status = os.stat(self._local)
         written = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat(timespec="seconds")
-        self.name = f"parquet {os.path.abspath(self.path)}, {metadata.num_rows} samples, {status.st_size} bytes, written {written}"
+        self.name = f"parquet {absolute(self.path)}, {metadata.num_rows} samples, {status.st_size} bytes, written {written}"
 
     @property
     def num_shards(self) -> int:

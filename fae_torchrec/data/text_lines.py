@@ -146,7 +146,7 @@ class TextLines:
     Attributes:
         header: the header's names; empty if there is none.
         bad_lines: where malformed lines are to be reported.
-        name: paths, sizes and times of writing.
+        name: absolute paths, sizes and times of writing.
 
     Raises:
         ConfigError: no paths, a file is missing or named twice, or a number is out of range.
@@ -173,7 +173,7 @@ class TextLines:
         if all(file.empty for file in self._files):
             raise DataError(f"{', '.join(names)}: empty, without a single line; give a file with data")
         self.name = ", ".join(
-            f"{file.path} ({'unknown size' if file.size is None else f'{file.size} bytes'}, written {file.written or 'unknown'})"
+            f"{absolute(file.path)} ({'unknown size' if file.size is None else f'{file.size} bytes'}, written {file.written or 'unknown'})"
             for file in self._files
         )
         self._shards = [
@@ -267,6 +267,11 @@ class _File(NamedTuple):
     @property
     def packed(self) -> bool:
         return self.path.endswith(".gz")
+
+
+def absolute(path: str) -> str:
+    """A local path however it was spelled; a URI as it is."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def count_newlines(data: bytes) -> int:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fae_torchrec.core.errors import ConfigError, DataError
-from fae_torchrec.data.text_lines import BadLines, TextBlock, TextLines
+from fae_torchrec.data.text_lines import BadLines, TextBlock, TextLines, absolute
 from tests.data.text_files import BOM, mount, write_text
 
 
@@ -162,3 +162,10 @@ def test_bad_lines_are_counted_once_and_up_to_the_allowance(tmp_path: Path) -> N
         bad.report(block, np.array([1]), "odd")
     with pytest.raises(DataError, match=r"line 2: odd; no malformed line is allowed; correct or remove the line, or raise max_bad_lines"):
         BadLines().report(TextBlock(str(path), b"b\nc\n", 2), np.array([0]), "odd")
+
+
+def test_the_name_does_not_hang_on_how_a_path_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"1\n")
+    monkeypatch.chdir(tmp_path)
+    assert TextLines(["a.txt"]).name == TextLines([tmp_path / "a.txt"]).name
+    assert absolute("s3://bucket/a.txt") == "s3://bucket/a.txt"
