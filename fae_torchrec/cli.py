@@ -29,7 +29,7 @@ _COMMANDS = {
     "'vocabulary'; writes the file that data.coding.vocabulary names",
     "profile": "count how often each row is accessed, on a sample of the train data; under torchrun the ranks share the work; writes "
     "OUTPUT/profile.npz",
-    "place": "select the hot rows under the budget (placement.budget); writes OUTPUT/placement.npz",
+    "place": "select the hot rows under the budget (placement.budget); writes OUTPUT/hot_set.npz and OUTPUT/placement.npz",
     "report": "picture how skewed the accesses are and which share of the samples a budget makes all hot; writes OUTPUT/popularity.html, "
     "the same numbers as popularity.json, and the pictures as popularity_*.png",
     "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); writes OUTPUT/train.json",

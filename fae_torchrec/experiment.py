@@ -71,6 +71,8 @@ def make_hot_set(config: RunConfig, profile: PopularityProfile) -> HotSet:
 def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) -> tuple[RowPlacement, Path]:
     """Loads the placement that the config names, or makes it from a hot set; either way it lies in the output folder afterwards.
 
+    A hot set is written beside it: it says how the rows were chosen, and from which profile.
+
     Raises:
         FingerprintError: the named placement is of other tables.
     """
@@ -79,6 +81,7 @@ def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) 
         placement.check_tables(tables)
     else:
         assert hot_set is not None
+        hot_set.save(output_folder(config) / "hot_set.npz")
         placement = RowPlacement.from_hot_set(hot_set)
     path = output_folder(config) / "placement.npz"
     placement.save(path)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fae_torchrec import cli
+from fae_torchrec.core.hot_set import HotSet
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_experiment, write_parquet
@@ -101,8 +102,11 @@ def test_profile(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 def test_place(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["place", "--config", str(config), "--quiet"]) == 0
     out, err = capfd.readouterr()
-    assert err == "" and written(tmp_path) == ["placement.npz", "profile.npz"]
+    assert err == "" and written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz"]
     placement = RowPlacement.load(tmp_path / "out" / "placement.npz")
+    hot_set = HotSet.load(tmp_path / "out" / "hot_set.npz")
+    assert (placement.hot_set_fingerprint, hot_set.policy) == (hot_set.fingerprint, "input_aware")
+    assert hot_set.profile_fingerprint == PopularityProfile.load(tmp_path / "out" / "profile.npz").fingerprint
     assert f"{tmp_path}/out/placement.npz: placement {placement.fingerprint}" in out
     assert re.search(r"t_u +hot +40 of +40 rows", out)
     printed = run_json(capfd, "place", "--config", str(config))
@@ -116,7 +120,7 @@ def test_place(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
 def test_train(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     more = ["--ranks", "2", "--placement", "fae-unsegregated", "--set", "train.epochs=2"]
     printed = run_json(capfd, "train", "--config", str(config), *more)
-    assert written(tmp_path) == ["placement.npz", "profile.npz", "train.json"]
+    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz", "train.json"]
     assert printed == json.loads((tmp_path / "out" / "train.json").read_text())
     assert (printed["placement"], printed["ranks"], printed["samples"]) == ("fae-unsegregated", 2, 2 * (TRAIN_SAMPLES - 1))
 
@@ -152,7 +156,7 @@ def test_compare(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     more = ["--ranks", "1", "--set", "train.steps=12"]
     assert cli.main(["compare", "--config", str(config), *more]) == 0
     out, err = capfd.readouterr()
-    assert written(tmp_path) == ["placement.npz", "profile.npz", "report.html", "report.json"]
+    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz", "report.html", "report.json"]
     assert "stock on 1 rank\n" in err and "fae on 1 rank\n" in err and "Traceback" not in err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [(run["placement"], run["ranks"], run["steps"]) for run in report["runs"]] == [("stock", 1, 12), ("fae", 1, 12)]
@@ -199,7 +203,7 @@ def test_torchrun(config: Path, tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], err + other_err
     assert silent == "", "only rank 0 speaks and writes"
     assert "Traceback" not in err + other_err
-    assert written(tmp_path) == ["placement.npz", "profile.npz", "train.json"]
+    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz", "train.json"]
     result = json.loads(out)
     assert result == json.loads((tmp_path / "out" / "train.json").read_text())
     assert (result["ranks"], result["samples"]) == (2, TRAIN_SAMPLES - 1)
@@ -286,10 +290,10 @@ def test_bad_input(name: str, config: Path, tmp_path: Path, capfd: pytest.Captur
     assert out == ""
     assert err.startswith(f"fae {command}: ") and err.count("\n") == 1, err
     assert [word for word in words if not re.search(word, err)] == [], err
-    allowed = {"profile.npz", "placement.npz"} if name in FOUND_LATE else {"profile.npz"} if name == "budget" else set()
+    allowed = {"profile.npz", "hot_set.npz", "placement.npz"} if name in FOUND_LATE else {"profile.npz"} if name == "budget" else set()
     assert set(written(tmp_path)) <= allowed, "nothing half-written"
     for file in written(tmp_path):
-        (PopularityProfile if file == "profile.npz" else RowPlacement).load(tmp_path / "out" / file)
+        {"profile": PopularityProfile, "hot_set": HotSet, "placement": RowPlacement}[Path(file).stem].load(tmp_path / "out" / file)
 
 
 def test_both_fingerprints(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

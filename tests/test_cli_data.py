@@ -60,7 +60,7 @@ def test_every_raw_source(source: str, tmp_path: Path, capfd: pytest.CaptureFixt
     placement = RowPlacement.load(tmp_path / "out" / "placement.npz")
     assert placement.fingerprint == placed["fingerprint"] and 0 < placement.hot_bytes <= placed["budget_bytes"]
     assert placed["hot_inputs_interval"][0] <= placed["hot_inputs"] <= placed["hot_inputs_interval"][1]
-    assert written(tmp_path) == ["placement.npz", "profile.npz"]
+    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz"]
     coding = sets("data.coding.method=vocabulary", "data.coding.vocabulary=v.npz")
     fitted = run_json(capfd, "vocabulary", "--config", path, *coding)
     vocabulary = Vocabulary.load("v.npz")
@@ -161,7 +161,7 @@ def test_bad_input(name: str, config: str, tmp_path: Path, capfd: pytest.Capture
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith(f"fae {command}: ") and err.count("\n") == 1 and re.search(words, err), err
-    assert written(tmp_path) == (["placement.npz", "profile.npz"] if name == "test label" else []), "nothing half-written"
+    assert written(tmp_path) == (["hot_set.npz", "placement.npz", "profile.npz"] if name == "test label" else []), "nothing half-written"
 
 
 def test_workers_count_the_same(config: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -277,6 +277,6 @@ def test_raw_data_are_trained_on(config: str, tmp_path: Path, capfd: pytest.Capt
     """Bags of words and all; hot rows and cold ones."""
     more = sets("train.steps=3", "placement.pinned_max_rows=0", "schedule.policy=fixed")
     printed = run_json(capfd, "train", "--config", config, *more)
-    assert written(tmp_path) == ["placement.npz", "profile.npz", "train.json"]
+    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz", "train.json"]
     assert (printed["placement"], printed["steps"], printed["samples"]) == ("fae", 3, 96)
     assert 0.3 < printed["test_logloss"] < 1.5 and 0 < printed["cold_rows_per_sample"] < 4

@@ -78,7 +78,7 @@ def test_policy_and_sizes(tmp_path: Path) -> None:
 def test_placement_is_kept(tmp_path: Path) -> None:
     config = new_config(tmp_path)
     placement = prepare(config, "fae", 1)
-    assert sorted(os.listdir(tmp_path / "out")) == ["placement.npz", "profile.npz"], "and no temporary file"
+    assert sorted(os.listdir(tmp_path / "out")) == ["hot_set.npz", "placement.npz", "profile.npz"], "and no temporary file"
     named = new_config(tmp_path, f"placement.path={tmp_path / 'out' / 'placement.npz'}", f"output={tmp_path / 'new'}")
     again = prepare(named, "fae", 1)
     assert again.fingerprint == placement.fingerprint == RowPlacement.load(tmp_path / "new" / "placement.npz").fingerprint
