@@ -30,7 +30,8 @@ def make_profile(
         data: its samples.
         tables: the tables that are profiled.
         show_progress: a progress bar on standard error.
-        group: ranks that share the work, each with `profile.workers` processes; then every rank must call this, and all get the profile.
+        group: ranks that share the work, one process each (`profile.workers` is for a single process); every rank must call this, and
+            all get the profile.
 
     Raises:
         FingerprintError: the named profile is of other tables.

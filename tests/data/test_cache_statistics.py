@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.core.tables import TableSet, TableSpec
 from fae_torchrec.data.cache_statistics import MeasuredCacheStatistics, TableCacheStatistics, measure_cache_statistics
+from tests.data.lru_simulation import simulated_misses
 
 Bags = Sequence[Sequence[int]]
 
@@ -46,22 +46,6 @@ def _measured(ids: np.ndarray, rows: int, **options: int) -> TableCacheStatistic
     return measure_cache_statistics(_steps(ids), _table(rows), global_batch_size=ids.shape[1], **options).by_table["t"]
 
 
-def _simulated_misses(steps: np.ndarray, size: int) -> float:
-    """Share of accesses in the second half of the steps that an LRU cache of this many rows misses."""
-    cache: OrderedDict[int, None] = OrderedDict()
-    misses = accesses = 0
-    for number, step in enumerate(steps):
-        for row in np.unique(step).tolist():
-            if number >= len(steps) // 2:
-                accesses += 1
-                misses += row not in cache
-            cache[row] = None
-            cache.move_to_end(row)
-            if len(cache) > size:
-                cache.popitem(last=False)
-    return misses / accesses
-
-
 def _zipf(rows: int, shape: tuple[int, int], seed: int, exponent: float = 1.2) -> np.ndarray:
     rng = np.random.default_rng(seed)
     shares = np.cumsum(np.arange(1, rows + 1) ** -exponent)
@@ -75,7 +59,7 @@ def test_every_cache_size_against_a_simulated_cache() -> None:
     assert measured.histogram.shape == (rows,), "one bin per row where there are fewer rows than bins"
     hits = np.concatenate([[0], np.cumsum(measured.histogram)[:-1]])
     misses = 1 - hits / measured.accesses  # of caches of 0..rows-1 rows
-    simulated = [_simulated_misses(steps, size) for size in range(rows)]
+    simulated = [simulated_misses(steps, size) for size in range(rows)]
     np.testing.assert_allclose(misses, simulated, atol=1e-12)
     assert measured.cacheability == pytest.approx(np.mean(simulated), abs=1e-12), "the area under the steps of the curve"
     assert 0.05 < simulated[rows // 2] < 0.5, "or the case is trivial"
@@ -173,7 +157,7 @@ def test_a_step_looked_up_at_once() -> None:
                 misses += sum(row not in last_used for row in step)
             last_used.update(dict.fromkeys(step, number))
             last_used = dict(sorted(last_used.items(), key=lambda used: -used[1])[:size])
-        assert _simulated_misses(steps, size + widest) <= misses / accesses <= _simulated_misses(steps, size - widest)
+        assert simulated_misses(steps, size + widest) <= misses / accesses <= simulated_misses(steps, size - widest)
 
 
 def test_a_table_that_is_never_accessed() -> None:

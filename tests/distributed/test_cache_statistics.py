@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.tables import TableSet, TableSpec
 from fae_torchrec.data.cache_statistics import MeasuredCacheStatistics, TableCacheStatistics, measure_cache_statistics
 from fae_torchrec.distributed.cache_statistics import cache_constraints, torchrec_cache_statistics
+from tests.data.lru_simulation import simulated_misses
 
 ROWS, DIM = 20_000, 64
 EASY = TableCacheStatistics(ROWS, 300.0, 0.1, np.array([800, 100, 50, 50]), 20, 1.0)
@@ -73,11 +73,11 @@ def test_torchrecs_miss_rates_are_those_of_a_simulated_cache(exponent: float) ->
     batch = Batch(dense_features=torch.empty(steps.size, 0), sparse_features=kjt, labels=torch.empty(steps.size))
     tables = TableSet((TableSpec("t", rows, 4, ("a",)),))
     statistics = torchrec_cache_statistics(measure_cache_statistics([batch], tables, global_batch_size=64, bins=bins))["t"]
-    simulated = {size: _simulated_misses(steps, size) for size in range(rows // bins, rows, 23)}
+    simulated = {size: simulated_misses(steps, size) for size in range(rows // bins, rows, 23)}
     for size, misses in simulated.items():
         found = statistics.expected_miss_rate(size / rows)
         at_edge = -(-size // 10) * 10  # TorchRec does not interpolate: a size stands for the upper edge of its bin
-        expected = _simulated_misses(steps, at_edge) if at_edge < rows else 0.0
+        expected = simulated_misses(steps, at_edge) if at_edge < rows else 0.0
         assert found == pytest.approx(expected, abs=1e-6)
         assert found <= misses + 1e-6
     assert statistics.expected_miss_rate(0.0) == 1
@@ -85,21 +85,6 @@ def test_torchrecs_miss_rates_are_those_of_a_simulated_cache(exponent: float) ->
     area = np.mean([statistics.expected_miss_rate(share) for share in np.linspace(0, 1, 1000)])
     assert statistics.cacheability == pytest.approx(area, abs=1 / bins + 1 / rows)
     assert statistics.expected_lookups == np.mean([len(set(step)) for step in steps.tolist()])
-
-
-def _simulated_misses(steps: np.ndarray, size: int) -> float:
-    cache: OrderedDict[int, None] = OrderedDict()
-    misses = accesses = 0
-    for number, step in enumerate(steps):
-        for row in np.unique(step).tolist():
-            if number >= len(steps) // 2:
-                accesses += 1
-                misses += row not in cache
-            cache[row] = None
-            cache.move_to_end(row)
-            if len(cache) > size:
-                cache.popitem(last=False)
-    return misses / accesses
 
 
 def test_a_table_that_is_never_accessed_misses_nothing() -> None:
