@@ -54,7 +54,7 @@ class ProfileConfig:
         seed: of the sampling.
         keep_inputs: counted inputs kept whole at most, for the selection.
         fresh_inputs: inputs not counted kept whole at most, for the estimate of hot inputs.
-        workers: processes that read and count; the profile is the same for any number.
+        workers: processes that read and count where there is one rank (under torchrun each rank is one); the profile is the same.
         path: a saved profile, instead of measuring one.
     """
 

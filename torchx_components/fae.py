@@ -92,10 +92,10 @@ def profile(
     """Counts how often each row is accessed, on `j` processes that share the data and are started by torchrun: writes profile.npz.
 
     Args:
-        args: more arguments of `fae profile`, after `--`, such as `-- --workers 4`
+        args: more arguments of `fae profile`, after `--`, such as `-- --max-bad-lines 3`
         config: the run's description, a YAML or JSON file
         output: folder of the profile (default: what the config says)
-        overrides: config keys to override, such as profile.sample_rate=0.1,profile.workers=8
+        overrides: config keys to override, such as profile.sample_rate=0.1,profile.seed=3
         j: nodes x processes on each node
         image: image to run in; for local_cwd the current folder, whatever this says
         python: interpreter inside the image (default: the one that runs torchx)
