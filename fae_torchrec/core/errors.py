@@ -37,3 +37,7 @@ class StateError(FAEError, RuntimeError):
 
 class ReplicaError(FAEError, RuntimeError):
     """The replicas of the hot rows differ between ranks."""
+
+
+class DivergedError(FAEError, RuntimeError):
+    """The training loss is no longer a finite number."""

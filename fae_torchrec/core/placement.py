@@ -98,17 +98,16 @@ class RowPlacement:
     def is_hot(self, table: str, ids: np.ndarray) -> np.ndarray:
         """Whether rows are hot: bool of the shape of `ids`, one memory access per id.
 
-        The first call for a split table builds a mask of one byte per row, kept as long as the placement.
-
         Raises:
             DataError: an id is not a row of the table.
         """
         check_ids(f"table {table!r}", ids, self.tables[table].rows)
         kind = self.kind(table)
-        hot: np.ndarray = self._mask(table)[ids] if kind is TableKind.SPLIT else np.full(ids.shape, kind is TableKind.HOT)
+        hot: np.ndarray = self.hot_mask(table)[ids] if kind is TableKind.SPLIT else np.full(ids.shape, kind is TableKind.HOT)
         return hot
 
-    def _mask(self, table: str) -> np.ndarray:
+    def hot_mask(self, table: str) -> np.ndarray:
+        """Whether each row of a table is hot: bool [rows], made at the first call and kept as long as the placement."""
         if table not in self._masks:
             mask = np.zeros(self.tables[table].rows, dtype=np.bool_)
             mask[self.hot_ids[table]] = True

@@ -1,13 +1,17 @@
-"""Batches and the promise that one is hot: a KeyedJaggedTensor type that survives copies, pinning and streams."""
+"""Batches, and what a loader says of one: its kind, the promise that it is hot, its weight, and where the epoch stands after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from fae_torchrec.core.schedule import Cursor, Kind
 
 
 class BatchSource(Protocol):
@@ -65,3 +69,64 @@ class HotKeyedJaggedTensor(KeyedJaggedTensor):
 def is_hot_batch(batch: Batch) -> bool:
     """Whether the loader promised that every id of every sample of this batch is hot."""
     return isinstance(batch.sparse_features, HotKeyedJaggedTensor)
+
+
+class Position(NamedTuple):
+    """Where a loader stands after a batch; the same on every rank.
+
+    Attributes:
+        epoch: passes finished before this one.
+        window: window of the epoch, from 0.
+        cold: cold (with the schedule "stock": mixed) steps of the window that were given out.
+        hot: hot ones.
+        cursor: where the schedule stands in the window.
+    """
+
+    epoch: int
+    window: int
+    cold: int
+    hot: int
+    cursor: Cursor
+
+
+@dataclass
+class HotColdBatch(Batch):
+    """A batch of a HotColdDataLoader. Pipelines and models take it as the Batch that it is.
+
+    A rank that has no sample of the step's kind takes part with a filler: one sample without ids, dense zeros, label 0 and weight 0.
+
+    Attributes:
+        kind: of the step, the same on every rank: "hot" (`sparse_features` is then a HotKeyedJaggedTensor), "cold", or "mixed".
+        weight: what this rank's mean loss must be multiplied with, so that the gradient, averaged over ranks as DistributedDataParallel
+            and TorchRec do, has every sample of the epoch with the same weight: samples here / batch size, 1 for a full batch. Of a "mixed"
+            step: samples here * ranks / samples of all ranks, the mean over the step, as stock's last batch is.
+        num_samples: real samples; 0 for a filler.
+        sample_numbers: int64 [num_samples], a number for each sample that no other sample of the epoch has on any rank; on the CPU.
+        position: what a checkpoint made after this batch's step remembers; None where nobody keeps one.
+    """
+
+    kind: Kind = "mixed"
+    weight: float = 1.0
+    num_samples: int = 0
+    sample_numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    position: Position | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> HotColdBatch:
+        """As Batch.to; what is said of the batch goes with it."""
+        return self._like(super().to(device, non_blocking))
+
+    def pin_memory(self) -> HotColdBatch:
+        """As Batch.pin_memory; what is said of the batch goes with it."""
+        return self._like(super().pin_memory())
+
+    def _like(self, batch: Batch) -> HotColdBatch:
+        return HotColdBatch(
+            batch.dense_features,
+            batch.sparse_features,
+            batch.labels,
+            self.kind,
+            self.weight,
+            self.num_samples,
+            self.sample_numbers,
+            self.position,
+        )

@@ -1,9 +1,12 @@
-"""Batches that are all hot or not, of the same kind on every rank at every step, in the order of a ShuffleSchedule."""
+"""HotColdDataLoader: batches that are all hot or all cold, of the same kind on every rank at every step, resumable at any."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,225 +15,341 @@ from torchrec.datasets.utils import Batch
 from fae_torchrec.core.errors import ConfigError, DataError, HotBatchError
 from fae_torchrec.core.fingerprint import fingerprint
 from fae_torchrec.core.placement import RowPlacement
-from fae_torchrec.core.schedule import Phase, ShuffleSchedule
-from fae_torchrec.data.batches import HotKeyedJaggedTensor
-from fae_torchrec.data.segregate import Bundler, concat_batches, hot_samples, select_samples
+from fae_torchrec.core.schedule import Cursor, Kind, Phase, ShuffleSchedule
+from fae_torchrec.data.batches import BatchSource, HotColdBatch, Position
+from fae_torchrec.data.one_ahead import OneAhead
+from fae_torchrec.data.ready_batches import ReadyBatches
+from fae_torchrec.data.store import SegregatedStore
+from fae_torchrec.data.store_window import StoreWindow
+from fae_torchrec.data.stream_windows import Agree, StreamOptions, StreamWindows
+from fae_torchrec.data.streams import Streams
+from fae_torchrec.data.window import Window
 
-Agree = Callable[[np.ndarray], np.ndarray]
-"""All-gathers small counts: int64 [k] of this rank -> int64 [world, k], row r from rank r. Every rank calls it equally often."""
-
-_FAILED, _FINISHED, _MORE = -1, 0, 1  # what a rank says of its source in the agreement
+_GIB = 1 << 30
 
 
 @dataclass
 class LoaderStats:
-    """What one pass has done so far on this rank.
+    """What the present pass has given out so far on this rank.
 
     Attributes:
-        hot_batches: batches given out with the promise to be hot.
-        cold_batches: batches given out of samples that are not all hot.
-        mixed_batches: batches given out of leftovers or, with the schedule "stock", of unclassified samples.
-        hot_samples: samples read that are all hot (0 with "stock": nobody looked).
-        samples: samples read; hot_samples / samples is the share of hot inputs.
+        batches: by kind ("hot", "cold", "mixed"); equal on all ranks.
+        samples: samples, by kind; hot over all is the share of hot inputs.
     """
 
-    hot_batches: int = 0
-    cold_batches: int = 0
-    mixed_batches: int = 0
-    hot_samples: int = 0
-    samples: int = 0
+    batches: dict[Kind, int]
+    samples: dict[Kind, int]
 
 
-def _alone(counts: np.ndarray) -> np.ndarray:
+def alone(counts: np.ndarray) -> np.ndarray:
+    """The all-gather of a rank that trains alone."""
     return counts[None]
 
 
 class HotColdDataLoader:
-    """Segregates a stream into hot and cold batches (FAE §4.2-4.3: Input Classifier's output in the Shuffle Scheduler's order).
+    """Segregates samples into hot and cold batches (FAE §4.2-4.3: the Input Classifier's output in the Shuffle Scheduler's order).
 
-    A window of the stream is split into hot and cold samples, each in stream order. The ranks agree on how many full batches of each
-    kind all of them have, and take these in the phases of the schedule; what is left over is carried into the next window. After the
-    last window the leftovers of both kinds go out merged in stream order, as plain batches, equally many on every rank. Hence every
-    rank takes a step of the same kind at the same time, and no sample is lost or repeated.
+    Streaming, from any source of batches: it is read window by window, and the samples of a window are re-bundled into hot and cold batches
+    of `batch_size`. The ranks agree on a window's steps all at once, by one all-gather while the window before is trained on; full
+    batches first, samples that make none wait for the next window, and what is left at the end goes out in smaller batches. A rank
+    that has no sample for a step gives a filler. So every rank takes a step of the same kind at the same time, and no sample is lost
+    or repeated. Memory: `buffer_bytes`, and one source batch and the batches made ready beyond it.
 
-    Hot batches carry a HotKeyedJaggedTensor; all others a plain KeyedJaggedTensor.
-
-    Memory: one window (window_batches source batches; the whole epoch for None), twice while it is being cut, and the carried samples:
-    fewer than batch_size of each kind on one rank; on several ranks also the surplus of a rank with more samples of one kind than
-    another rank, which grows with the square root of the stream where ranks draw alike and with the stream where they do not.
+    From a store, which `fae segregate` wrote: an epoch is one window, nothing is classified, and nothing but the batches is in memory.
 
     Args:
-        source_batches: this rank's batches, of any sizes: a re-iterable, or a function that starts a pass. Not read before iteration.
+        source: a BatchSource (the rank's share is read), a SegregatedStore, or this rank's own batches of any sizes: an iterable, or a
+            function that starts a pass. The order of the samples is the source's. Not read before iteration.
         placement: which rows are hot; the same on every rank.
-        schedule: the order of the kinds; ShuffleSchedule() by default. With the policy "stock" batches are only cut to batch_size.
         batch_size: samples per batch and rank.
-        window_batches: source batches per window; None takes the epoch as one window, as FAE does.
-        agree: all-gather over the ranks; the default is for one rank.
-        on_swap: see the attribute.
+        schedule: the order of the kinds; ShuffleSchedule() by default. With the policy "stock" samples are not classified: the batches are
+            "mixed" and in the order of the source.
+        rank: this rank.
+        world_size: ranks.
+        agree: all-gather over the ranks. With `prefetch` above 0 a thread calls it, so it needs a process group of its own.
+        window_batches: most source batches per window; None: as many as the buffer holds, at best the whole epoch, as in FAE.
+        buffer_bytes: bytes of samples held, half of them for the window that is trained on, half for the next.
+        drop_last: whether the samples that make no full batch on every rank at the end of an epoch are left out; else they are trained.
+        pin_memory: whether batches are copied to pinned memory (where there is CUDA).
+        num_workers: processes that read and parse the source's shards; 0: this one. Only for a ShardedSource.
+        prefetch: batches of each kind made ready ahead, by threads; 0 does everything in the caller's thread, when it asks.
+        shuffle: whether each epoch of a store takes its batches in another order, drawn from `seed`.
+        seed: of `shuffle`.
 
     Attributes:
-        schedule: the order; its `observe` may be called between batches, with the same value on every rank.
-        stats: LoaderStats of the current pass.
-        on_swap: called as on_swap(phase) before the first batch of a phase whose kind differs from the previous phase's, on every rank
-            at the same place in the stream, when the next batch is asked for (a pipeline that reads ahead has that many batches in
-            flight). The size of `phase` was decided before, so what `observe` learns here acts from the phase after it.
+        schedule: the order of the kinds.
+        epoch: passes finished; the next iteration makes this pass, or what is left of it after `load_state_dict`.
+        stats: LoaderStats of the present pass.
 
     Raises:
-        ConfigError: batch_size or window_batches is below 1.
+        ConfigError: a number is out of range, or an option does not go with the source.
+        FingerprintError: the store was written for another placement.
     """
 
     def __init__(
         self,
-        source_batches: Iterable[Batch] | Callable[[], Iterable[Batch]],
+        source: BatchSource | SegregatedStore | Iterable[Batch] | Callable[[], Iterable[Batch]],
         placement: RowPlacement,
         *,
-        schedule: ShuffleSchedule | None = None,
         batch_size: int,
-        window_batches: int | None = 256,
-        agree: Agree = _alone,
-        on_swap: Callable[[Phase], None] | None = None,
+        schedule: ShuffleSchedule | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Agree = alone,
+        window_batches: int | None = None,
+        buffer_bytes: int = _GIB,
+        drop_last: bool = False,
+        pin_memory: bool = False,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        shuffle: bool = False,
+        seed: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, received {batch_size}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("buffer_bytes", buffer_bytes, 1),
+            ("prefetch", prefetch, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, received {value}")
         if window_batches is not None and window_batches < 1:
-            raise ConfigError(f"window_batches must be at least 1, or None for the whole epoch; received {window_batches}")
-        self._source_batches = source_batches
-        self._placement = placement
+            raise ConfigError(f"window_batches must be at least 1, or None for what the buffer holds; received {window_batches}")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank must be in 0..world_size-1, received rank={rank}, world_size={world_size}")
         self.schedule = ShuffleSchedule() if schedule is None else schedule
-        self._batch_size = batch_size
-        self._window_batches = window_batches
-        self._agree = agree
-        self.on_swap = on_swap
-        self.stats = LoaderStats()
-        self._spent: Iterator[Batch] | None = None  # a one-shot source that was iterated already
+        self._store = source if isinstance(source, SegregatedStore) else None
+        self._streams: Streams | None = None
+        if isinstance(source, SegregatedStore):
+            source.check(placement)
+            if not self.schedule.segregates:
+                raise ConfigError(
+                    "the schedule 'stock' needs the order of the data, which a segregated store does not have; take 'proportional', the "
+                    "least reordering, or read the data themselves"
+                )
+        else:
+            self._streams = Streams(source, batch_size, num_workers)
+        if shuffle and self._store is None:
+            raise ConfigError("shuffle is for stores: streamed samples keep the order of their source; shuffle there, or write a store")
+        self._placement = placement
+        self._options = StreamOptions(batch_size, window_batches, buffer_bytes, drop_last)
+        self._rank, self._world_size, self._agree = rank, world_size, agree
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._prefetch = prefetch
+        self._seed = seed if shuffle else None
+        self.epoch = 0
+        self.stats = LoaderStats({}, {})
+        self._resume: Position | None = None
+        self._streams_of: dict[int, int] = {}  # epoch -> its streams, where another number of ranks began it
+        self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None
+        self._ahead: OneAhead[Window] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:
-        """One pass.
+    def __iter__(self) -> Iterator[HotColdBatch]:
+        """What is left of the current epoch, all phases in a row.
 
         Yields:
-            Batches of batch_size samples; leftovers (with "stock": the last batch) may be smaller.
+            Batches of batch_size samples, the last ones of an epoch smaller. `position` is where the loader stands after the batch.
 
         Raises:
-            DataError: a source is one-shot and was read already; ids are out of range; a rank's source failed or ended so early that the
-                ranks cannot take equally many steps (raised on every rank).
+            DataError: a source is one-shot and was read already; ids are out of range; a rank's source failed (raised on every rank).
             HotBatchError: the ranks have other placements, batch sizes, windows or schedules (raised on every rank).
         """
-        self.stats = LoaderStats()
-        return self._segregated() if self.schedule.segregates else self._stock()
+        with closing(self._begin_pass()) as phases:
+            for _, batches in phases:
+                yield from batches
 
-    def _open(self) -> Iterator[Batch]:
-        given = self._source_batches
-        source = iter(given() if callable(given) else given)
-        if source is self._spent:
-            raise DataError(
-                "source_batches is an iterator that was read already, so a second pass would be empty; "
-                "give a list, an object with __iter__ or a function that starts a new pass"
+    def phases(self) -> Iterator[tuple[Phase, Iterator[HotColdBatch]]]:
+        """What is left of the current epoch, phase by phase; yields and raises as `__iter__` does.
+
+        A phase is opened when it is asked for, with the schedule's rate of that moment: so what `observe` learns after a phase acts on the
+        next one (another always follows, in this epoch or the next). All ranks must tell the schedule the same.
+
+        Yields:
+            (phase, its batches); the batches must be used up before the next phase is asked for.
+        """
+        return self._begin_pass()
+
+    def _begin_pass(self) -> Generator[tuple[Phase, Iterator[HotColdBatch]], None, None]:
+        self.close()
+        opened = self._pass()
+        self._open = weakref.ref(opened)  # a pass that nobody wants any more ends at once, not when garbage is collected
+        return opened
+
+    def _pass(self) -> Generator[tuple[Phase, Iterator[HotColdBatch]], None, None]:
+        self.stats = LoaderStats({}, {})
+        resume = self._resume
+        place = resume or Position(self.epoch, 0, 0, 0, self.schedule.start(0, 0))
+        number = -1
+        with self._windows() as windows:
+            for number, window in enumerate(windows):
+                if number < place.window:
+                    continue
+                if resume is None or number > place.window:
+                    place = self._at_start(number, window)
+                elif _steps_of(place) != (found := _steps_of(self._at_start(number, window))):
+                    raise _changed_data(place, found)
+                taken: dict[Kind, int] = {"hot": place.hot, "cold": place.cold, "mixed": place.cold}
+                for planned in window.plans:
+                    window.skip(planned, taken[planned])
+                with closing(ReadyBatches(window, taken, self._prefetch, pin_memory=self._pin_memory)) as ready:
+                    while not place.cursor.done:
+                        if not place.cursor.left:
+                            place = place._replace(cursor=self.schedule.next_phase(place.cursor))
+                        kind, count = place.cursor.kind, place.cursor.left
+                        assert kind is not None
+                        batches = self._phase(ready, place)
+                        yield Phase(kind, count), batches
+                        if next(batches, None) is not None:
+                            raise ConfigError("the next phase was asked for before this one was used up; take all its batches first")
+                        moved = count if kind == "hot" else 0
+                        place = place._replace(hot=place.hot + moved, cold=place.cold + count - moved, cursor=place.cursor._replace(left=0))
+        if resume is not None and number < resume.window:
+            raise _changed_data(resume, (0, 0))
+        self.epoch, self._resume = self.epoch + 1, None
+
+    def _at_start(self, number: int, window: Window) -> Position:
+        n_cold = window.steps("cold") if self.schedule.segregates else window.steps("mixed")
+        return Position(self.epoch, number, 0, 0, self.schedule.start(n_cold, window.steps("hot")))
+
+    def _phase(self, ready: ReadyBatches, place: Position) -> Iterator[HotColdBatch]:
+        """The batches of the open phase."""
+        kind = place.cursor.kind
+        assert kind is not None
+        while place.cursor.left:
+            hot = kind == "hot"
+            place = place._replace(hot=place.hot + hot, cold=place.cold + (not hot), cursor=place.cursor.step())
+            batch = ready.take(kind)
+            batch.position = place
+            self.stats.batches[kind] = self.stats.batches.get(kind, 0) + 1
+            self.stats.samples[kind] = self.stats.samples.get(kind, 0) + batch.num_samples
+            yield batch
+
+    @contextmanager
+    def _windows(self) -> Iterator[Iterator[Window]]:
+        if self._ahead is not None:
+            self._ahead.join()  # two passes must not agree at the same time
+        self._agree_on_pass()
+        if self._store is not None:
+            yield iter([self._store_window(self._store)])
+            return
+        assert self._streams is not None
+        windows = StreamWindows(
+            self._streams.opener(self._num_streams(self.epoch), self._world_size),
+            self._num_streams(self.epoch),
+            self._placement if self.schedule.segregates else None,
+            self._options,
+            self._rank,
+            self._world_size,
+            self._agree,
+            ahead=self._prefetch > 0,
+        )
+        if not self._prefetch:
+            yield windows
+            return
+        self._ahead = OneAhead(windows.__next__, windows.stop)
+        try:
+            yield self._ahead
+        finally:
+            self._ahead.close()
+            windows.close()
+
+    def _agree_on_pass(self) -> None:
+        """Raises on every rank where they would not take the same steps. One number each, so that it arrives whatever differs."""
+        own = fingerprint(self._order(), self.schedule.state_dict(), self._num_streams(self.epoch), self.epoch, self._resume)
+        said = self._agree(np.array([int(own, 16)], dtype=np.int64))[:, 0]
+        if len(said) != self._world_size:
+            raise ConfigError(
+                f"agree brought the numbers of {len(said)} ranks together, world_size is {self._world_size}; give "
+                "gather_counts(dist.new_group(backend='gloo')) of exactly the ranks that train together"
             )
-        self._spent = source if source is given else None
-        return source
-
-    def _stock(self) -> Iterator[Batch]:
-        """Stream order, cut to batch_size; no rank is asked."""
-        queue = Bundler()
-        for batch in self._open():
-            samples = batch.sparse_features.stride()
-            queue.add(batch, torch.arange(self.stats.samples, self.stats.samples + samples))
-            self.stats.samples += samples
-            while len(queue) >= self._batch_size:
-                self.stats.mixed_batches += 1
-                yield queue.pop(self._batch_size)[0]
-        if len(queue):
-            self.stats.mixed_batches += 1
-            yield queue.pop(len(queue))[0]
-
-    def _segregated(self) -> Iterator[Batch]:
-        hot, cold = Bundler(), Bundler()
-        source: Iterator[Batch] | None = None
-        kind: str | None = None
-        while True:
-            status, failure = _FAILED, None
-            try:
-                source = self._open() if source is None else source
-                status = self._fill(source, hot, cold)
-            except Exception as error:  # the other ranks wait in the agreement: tell them first, then raise
-                failure = error
-            counts = self._agree_counts(len(hot), len(cold), status, failure)
-            batches_hot, batches_cold = (counts[:, :2].min(axis=0) // self._batch_size).tolist()
-            for phase in self.schedule.phases(batches_cold, batches_hot):
-                if self.on_swap is not None and kind not in (None, phase.kind):
-                    self.on_swap(phase)
-                kind = phase.kind
-                for _ in range(phase.count):
-                    yield self._hot_batch(hot) if kind == "hot" else self._cold_batch(cold)
-            if not (counts[:, 2] == _MORE).any():
-                break
-        left = counts[:, :2].sum(axis=1) - (batches_hot + batches_cold) * self._batch_size
-        yield from self._leftovers(hot, cold, left)
-
-    def _fill(self, source: Iterator[Batch], hot: Bundler, cold: Bundler) -> int:
-        """Reads one window into the queues; returns whether there may be another."""
-        taken = 0
-        while taken != self._window_batches:
-            batch = next(source, None)
-            if batch is None:
-                return _FINISHED
-            taken += 1
-            mask = hot_samples(batch.sparse_features, self._placement)
-            for queue, index in ((hot, mask.nonzero().view(-1)), (cold, (~mask).nonzero().view(-1))):
-                if index.numel():
-                    queue.add(select_samples(batch, index), index + self.stats.samples)
-            self.stats.samples += mask.numel()
-            self.stats.hot_samples += int(mask.sum())
-        return _MORE
-
-    def _agree_counts(self, hot: int, cold: int, status: int, failure: Exception | None) -> np.ndarray:
-        """Asks all ranks; int64 [world, 4] of hot samples, cold samples, status, name of what decides the order."""
-        counts = self._agree(np.array([hot, cold, status, self._order_name()], dtype=np.int64))
-        if failure is not None:
-            raise failure
-        failed = np.flatnonzero(counts[:, 2] == _FAILED).tolist()
-        if failed:
-            raise DataError(f"the sources of the ranks {failed} failed; their own error says why; all ranks stop together")
-        if (counts[:, 3] != counts[0, 3]).any():
-            differing = np.flatnonzero(counts[:, 3] != counts[0, 3]).tolist()
+        if (said != said[0]).any():
             raise HotBatchError(
-                f"the ranks {differing} would take other steps than rank 0: their placement, batch_size, window_batches or schedule "
-                f"differs (here: placement {self._placement.fingerprint}, batch_size {self._batch_size}, window_batches "
-                f"{self._window_batches}, schedule {self.schedule.state_dict()}); give every rank the same, feedback included"
+                f"the ranks {np.flatnonzero(said != said[0]).tolist()} would take other steps than rank 0: their placement, data, "
+                f"schedule, loader options or resumed position differ; here the placement is {self._placement.fingerprint}, the options "
+                f"{self._options}, the position {self._resume or 'the start'}; give every rank the same, feedback included"
             )
-        return counts
 
-    def _order_name(self) -> int:
-        """What decides the order of the kinds beside the counts, as a number that fits int64."""
-        order = [self._placement.fingerprint, self._batch_size, self._window_batches, self.schedule.state_dict()]
-        return int(fingerprint(order), 16)
+    def _num_streams(self, epoch: int) -> int:
+        return self._streams_of.get(epoch, self._world_size)
 
-    def _hot_batch(self, queue: Bundler) -> Batch:
-        self.stats.hot_batches += 1
-        batch, _ = queue.pop(self._batch_size)
-        return Batch(
-            dense_features=batch.dense_features,
-            sparse_features=HotKeyedJaggedTensor.promise(batch.sparse_features),
-            labels=batch.labels,
+    def _store_window(self, store: SegregatedStore) -> StoreWindow:
+        return StoreWindow(
+            store,
+            self._num_streams(self.epoch),
+            self._options.batch_size,
+            self._rank,
+            self._world_size,
+            drop_last=self._options.drop_last,
+            shuffle=None if self._seed is None else (self._seed, self.epoch),
         )
 
-    def _cold_batch(self, queue: Bundler) -> Batch:
-        self.stats.cold_batches += 1
-        return queue.pop(self._batch_size)[0]
+    def _order(self) -> dict[str, Any]:
+        """What decides which samples make a batch, beside the source's samples and the number of streams."""
+        of_source: dict[str, Any] = {"store": self._store.fingerprint, "seed": self._seed} if self._store is not None else {}
+        if self._streams is not None:
+            of_source = {name: getattr(self._options, name) for name in ("window_batches", "buffer_bytes")}
+            of_source["source"] = self._streams.name
+        return {
+            **of_source,
+            "placement": self._placement.fingerprint,
+            "batch_size": self._options.batch_size,
+            "drop_last": self._options.drop_last,
+        }
 
-    def _leftovers(self, hot: Bundler, cold: Bundler, left: np.ndarray) -> Iterator[Batch]:
-        """Equally many plain batches on every rank; `left` is each rank's number of leftover samples, int64 [world]."""
-        steps = int(-(-left.max() // self._batch_size))
-        if left.min() < steps:
-            raise DataError(
-                f"the ranks have {left.tolist()} samples left and batch_size is {self._batch_size}, so rank {int(left.argmin())} cannot "
-                f"take the {steps} steps that rank {int(left.argmax())} needs; give every rank's source the same number of samples"
-            )
-        if not steps:
-            return
-        parts = [queue.pop(len(queue)) for queue in (hot, cold) if len(queue)]
-        merged = concat_batches([batch for batch, _ in parts])
-        order = torch.cat([positions for _, positions in parts]).argsort()
-        for index in order.tensor_split(steps):
-            self.stats.mixed_batches += 1
-            yield select_samples(merged, index)
+    def state_dict(self, position: Position) -> dict[str, Any]:
+        """What a checkpoint needs to go on after a batch: plain values that JSON can write, the same on every rank.
+
+        Args:
+            position: of the last batch that was trained on (`batch.position`), not of the last one given out: pipelines read ahead.
+        """
+        return {
+            "position": [*position[:-1], list(position.cursor)],
+            "streams": self._num_streams(position.epoch),
+            "order": self._order(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Lets the next pass go on where `state_dict` was taken.
+
+        The epoch is finished in the saved order, whatever the number of ranks: its streams are dealt to the ranks there are, so that a step
+        has the same samples; with more ranks than streams some take fillers until the epoch ends. A stream is read again from its
+        start, without training; a store goes on at once.
+
+        Raises:
+            ConfigError: the state is of another source, placement, batch size, window, schedule, or (where the source is this rank's own
+                batches) of another number of ranks.
+        """
+        order = self._order()
+        for name, saved in state["order"].items():
+            if saved != order.get(name):
+                raise ConfigError(
+                    f"the loader's state was saved with {name} {saved!r}, this loader has {order.get(name)!r}; resume with what was saved, "
+                    "or start the epoch anew"
+                )
+        streams = int(state["streams"])
+        if self._streams is not None:
+            self._streams.opener(streams, self._world_size)  # raises where it cannot be
+        self.schedule.load_state_dict(state["schedule"])
+        epoch, window, cold, hot, cursor = state["position"]
+        self._resume = Position(epoch, window, cold, hot, Cursor(*cursor))
+        self.epoch, self._streams_of = epoch, {epoch: streams}
+
+    def close(self) -> None:
+        """Ends a pass that was not used up, and its threads. All ranks must stop at the same step."""
+        if (opened := self._open()) is not None:
+            opened.close()
+
+
+def _steps_of(place: Position) -> tuple[int, int]:
+    """Cold (or mixed) and hot steps of a position's window."""
+    cursor = place.cursor
+    hot = cursor.left if cursor.kind == "hot" else 0
+    return place.cold + cursor.left_cold + cursor.left - hot, place.hot + cursor.left_hot + hot
+
+
+def _changed_data(place: Position, found: tuple[int, int]) -> DataError:
+    return DataError(
+        f"the epoch cannot be finished: its window {place.window} had {_steps_of(place)} cold and hot steps when the state was saved, and "
+        f"has {found} now, so the data have changed since; resume with the data as they were, or start anew"
+    )

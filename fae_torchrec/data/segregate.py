@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,13 +25,15 @@ def check_ids(kjt: KeyedJaggedTensor, tables: TableSet) -> None:
     Raises:
         DataError: a feature is missing, the lengths do not add up to the ids, keys differ in stride, or an id is not int64 or out of range.
     """
-    _check_layout(kjt)
-    values = kjt.values().numpy()
-    spans = _feature_spans(kjt)
+    one_hot = one_hot_ids(kjt) is not None
+    _check_ids(kjt.values().numpy(), _feature_spans(kjt, one_hot=one_hot), tables)
+
+
+def _check_ids(values: np.ndarray, spans: Mapping[str, tuple[int, int]], tables: TableSet) -> None:
     for table, feature in tables.lookups:
         if feature not in spans:
             raise DataError(
-                f"feature {feature!r} of table {table!r} is not in the batch, which has {list(kjt.keys())}; "
+                f"feature {feature!r} of table {table!r} is not in the batch, which has {list(spans)}; "
                 f"give the source this feature or take it out of the table"
             )
         begin, end = spans[feature]
@@ -54,21 +55,41 @@ def hot_samples(kjt: KeyedJaggedTensor, placement: RowPlacement) -> torch.Tensor
     Raises:
         DataError: as `check_ids`.
     """
-    check_ids(kjt, placement.tables)
-    values = kjt.values().numpy()
-    spans = _feature_spans(kjt)
+    table_of_ids = one_hot_ids(kjt)
+    values, spans = kjt.values().numpy(), _feature_spans(kjt, one_hot=table_of_ids is not None)
+    if table_of_ids is None:
+        return torch.from_numpy(_hot_of_bags(kjt, values, spans, placement))
+    # Numpy, not torch: on one thread it gathers several times faster.
+    if values.dtype == np.int64 and all(feature in spans for _, feature in placement.tables.lookups):
+        # One pass over all ids instead of one for each feature; negative ids are the largest of all unsigned ones.
+        largest = dict(zip(spans, table_of_ids.view(np.uint64).max(axis=1, initial=0).tolist(), strict=True))
+        in_range = all(largest[feature] < placement.tables[table].rows for table, feature in placement.tables.lookups)
+    if values.dtype != np.int64 or not in_range:
+        _check_ids(values, spans, placement.tables)  # names what is wrong
+    hot = np.ones(kjt.stride(), dtype=np.bool_)
+    rows_of = dict(zip(spans, table_of_ids, strict=True))
+    for table, feature in placement.tables.lookups:
+        if placement.kind(table) is not TableKind.HOT:
+            hot &= placement.hot_mask(table).take(rows_of[feature])
+    return torch.from_numpy(hot)
+
+
+def _hot_of_bags(kjt: KeyedJaggedTensor, values: np.ndarray, spans: Mapping[str, tuple[int, int]], placement: RowPlacement) -> np.ndarray:
+    """`hot_samples` where bags hold any number of ids."""
+    _check_ids(values, spans, placement.tables)
     cold = np.zeros(values.size, dtype=bool)
     for table, feature in placement.tables.lookups:
         if placement.kind(table) is TableKind.HOT:
             continue
         begin, end = spans[feature]
-        cold[begin:end] |= ~placement.is_hot(table, values[begin:end])
+        cold[begin:end] |= ~placement.hot_mask(table).take(values[begin:end])
     # Cold ids before each id: a bag is cold iff this number grows across it. Unlike `reduceat`, right for empty bags.
     before = np.zeros(values.size + 1, dtype=np.int64)
     np.cumsum(cold, out=before[1:])
     at_offsets = before[kjt.offsets().numpy()]
     cold_bags = at_offsets[1:] != at_offsets[:-1]
-    return torch.from_numpy(~cold_bags.reshape(len(kjt.keys()), kjt.stride()).any(axis=0))
+    hot: np.ndarray = ~cold_bags.reshape(len(kjt.keys()), kjt.stride()).any(axis=0)
+    return hot
 
 
 def select_samples(batch: Batch, index: torch.Tensor) -> Batch:
@@ -85,31 +106,30 @@ def select_samples(batch: Batch, index: torch.Tensor) -> Batch:
         DataError: keys differ in stride or the lengths do not add up to the ids.
     """
     kjt = batch.sparse_features
-    _check_layout(kjt)
-    keys, stride = kjt.keys(), kjt.stride()
-    lengths = kjt.lengths().view(len(keys), stride)
-    if kjt.values().numel() == lengths.numel() and bool((lengths == 1).all()):
-        # All bags hold one id (Criteo's shape): the ids are a [F, B] table, which is several times cheaper to cut than a jagged one.
-        chosen = lengths.new_ones(len(keys) * index.numel())
-        place = (torch.arange(len(keys)).unsqueeze(1) * stride + index).view(-1)
+    keys, at = kjt.keys(), index.numpy()
+    weights, table_of_ids = kjt.weights_or_none(), one_hot_ids(kjt)
+    if table_of_ids is not None:
+        values = table_of_ids.take(at, axis=1).reshape(-1)
+        chosen = np.ones(len(keys) * at.size, dtype=kjt.lengths().numpy().dtype)
+        if weights is not None:
+            weights = torch.from_numpy(weights.numpy().reshape(table_of_ids.shape).take(at, axis=1).reshape(-1))
     else:
-        chosen = lengths[:, index].reshape(-1)
-        begins = kjt.offsets()[:-1].view(len(keys), stride)[:, index].reshape(-1).long()
-        counts = chosen.long()
-        ends = counts.cumsum(0)
-        total = int(ends[-1]) if ends.numel() else 0
-        place = torch.arange(total) + torch.repeat_interleave(begins - (ends - counts), counts, output_size=total)
-    weights = kjt.weights_or_none()
+        chosen = kjt.lengths().numpy().reshape(len(keys), -1).take(at, axis=1).reshape(-1)
+        begins = kjt.offsets()[:-1].numpy().reshape(len(keys), -1).take(at, axis=1).reshape(-1)
+        ends = np.cumsum(chosen, dtype=np.int64)
+        place = np.arange(ends[-1] if ends.size else 0) + np.repeat(begins - (ends - chosen), chosen)
+        values = kjt.values().numpy().take(place)
+        weights = None if weights is None else torch.from_numpy(weights.numpy().take(place))
     return Batch(
-        dense_features=batch.dense_features[index],
+        dense_features=torch.from_numpy(batch.dense_features.numpy().take(at, axis=0)),
         sparse_features=KeyedJaggedTensor(
             keys=keys,
-            values=kjt.values()[place],
-            weights=None if weights is None else weights[place],
-            lengths=chosen,
-            stride=index.numel(),
+            values=torch.from_numpy(values),
+            weights=weights,
+            lengths=torch.from_numpy(chosen),
+            stride=at.size,
         ),
-        labels=batch.labels[index],
+        labels=torch.from_numpy(batch.labels.numpy().take(at, axis=0)),
     )
 
 
@@ -131,24 +151,32 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
         return plain_batch(batches[0])
     kjts = [batch.sparse_features for batch in batches]
     keys = kjts[0].keys()
+    tables_of_ids = [one_hot_ids(kjt) for kjt in kjts]
     for kjt in kjts:
-        _check_layout(kjt)
         if kjt.keys() != keys:
             raise DataError(f"batches of one stream must have the same keys, received {list(keys)} and {list(kjt.keys())}")
     weights = [kjt.weights_or_none() for kjt in kjts]
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         raise DataError(f"{len(given)} of {len(weights)} batches have per-sample weights; give them to all batches or to none")
-    sizes = [kjt.length_per_key() for kjt in kjts]
+    one_hot = [table for table in tables_of_ids if table is not None]
+    if len(one_hot) == len(kjts):
+        values = np.concatenate(one_hot, axis=1).reshape(-1)
+        lengths = np.ones(values.size, dtype=kjts[0].lengths().numpy().dtype)
+        shapes = [(len(keys), kjt.stride()) for kjt in kjts]
+        parts = [weight.numpy().reshape(shape) for weight, shape in zip(given, shapes, strict=False)]
+        joined = torch.from_numpy(np.concatenate(parts, axis=1).reshape(-1)) if given else None
+        ids = torch.from_numpy(values), joined, torch.from_numpy(lengths)
+    else:
+        sizes = [kjt.length_per_key() for kjt in kjts]
+        ids = (
+            _cat_by_key([kjt.values() for kjt in kjts], sizes),
+            _cat_by_key(given, sizes) if given else None,
+            torch.cat([kjt.lengths().view(len(keys), kjt.stride()) for kjt in kjts], dim=1).view(-1),
+        )
     return Batch(
         dense_features=torch.cat([batch.dense_features for batch in batches]),
-        sparse_features=KeyedJaggedTensor(
-            keys=keys,
-            values=_cat_by_key([kjt.values() for kjt in kjts], sizes),
-            weights=_cat_by_key(given, sizes) if given else None,
-            lengths=torch.cat([kjt.lengths().view(len(keys), kjt.stride()) for kjt in kjts], dim=1).view(-1),
-            stride=sum(kjt.stride() for kjt in kjts),
-        ),
+        sparse_features=KeyedJaggedTensor(keys, *ids, stride=sum(kjt.stride() for kjt in kjts)),
         labels=torch.cat([batch.labels for batch in batches]),
     )
 
@@ -169,80 +197,40 @@ def plain_batch(batch: Batch) -> Batch:
     return Batch(dense_features=batch.dense_features, sparse_features=plain, labels=batch.labels)
 
 
-class Bundler:
-    """Samples waiting in a queue: they come in batches of any size and go out in batches of another.
+def one_hot_ids(kjt: KeyedJaggedTensor) -> np.ndarray | None:
+    """Checks the layout, and sees whether every bag holds one id (Criteo's shape), which is several times faster to cut.
 
-    Each sample carries its position in the stream, so that two queues can be merged in stream order again.
+    Returns:
+        The ids as a table [F, B], a view; None where bags hold other numbers of ids.
+
+    Raises:
+        DataError: keys differ in stride, or the bags do not cover the ids exactly.
     """
-
-    def __init__(self) -> None:
-        self._pieces: deque[tuple[Batch, torch.Tensor]] = deque()
-        self._taken = 0  # samples of the first piece that have gone out already
-        self._samples = 0
-
-    def __len__(self) -> int:
-        """Samples that wait."""
-        return self._samples
-
-    def add(self, batch: Batch, positions: torch.Tensor) -> None:
-        """Appends the n samples of `batch`, which stand at `positions` (int64 [n]) of the stream."""
-        samples = positions.numel()
-        if samples:
-            self._pieces.append((batch, positions))
-            self._samples += samples
-
-    def pop(self, samples: int) -> tuple[Batch, torch.Tensor]:
-        """Takes out the first samples.
-
-        Args:
-            samples: how many, at least 1.
-
-        Returns:
-            A plain batch of them and their positions, int64 [samples].
-
-        Raises:
-            DataError: fewer samples are waiting.
-        """
-        if not 1 <= samples <= self._samples:
-            raise DataError(f"cannot take {samples} samples out of {self._samples} waiting; allowed 1..{self._samples}")
-        self._samples -= samples
-        batches, positions = [], []
-        while samples:
-            batch, places = self._pieces[0]
-            size = min(samples, places.numel() - self._taken)
-            if size == places.numel():
-                batches.append(batch)
-            else:
-                batches.append(select_samples(batch, torch.arange(self._taken, self._taken + size)))
-            positions.append(places[self._taken : self._taken + size])
-            self._taken += size
-            if self._taken == places.numel():
-                self._pieces.popleft()
-                self._taken = 0
-            samples -= size
-        return concat_batches(batches), torch.cat(positions)
-
-
-def _check_layout(kjt: KeyedJaggedTensor) -> None:
-    """Raises DataError unless every key has the same stride and the bags cover the ids exactly."""
     if kjt.variable_stride_per_key() or kjt.inverse_indices_or_none() is not None:
         raise DataError(
             "received a batch whose keys differ in stride (variable batch size) or share samples by inverse indices; "
             "allowed is one bag per key and sample; expand the batch before it is segregated"
         )
-    bags, ids = int(kjt.lengths().numel()), int(kjt.values().numel())
-    covered = int(kjt.offsets()[-1]) if bags else 0
-    if bags != len(kjt.keys()) * kjt.stride() or covered != ids:
+    lengths, shape, ids = kjt.lengths().numpy(), (len(kjt.keys()), kjt.stride()), int(kjt.values().numel())
+    if lengths.size == shape[0] * shape[1] == ids and (lengths == 1).all():
+        table: np.ndarray = kjt.values().numpy().reshape(shape)
+        return table
+    covered = int(kjt.offsets()[-1]) if lengths.size else 0
+    if lengths.size != shape[0] * shape[1] or covered != ids:
         raise DataError(
-            f"ragged lengths: {bags} bags that cover {covered} ids, where {len(kjt.keys())} keys with stride {kjt.stride()} "
+            f"ragged lengths: {lengths.size} bags that cover {covered} ids, where {shape[0]} keys with stride {shape[1]} "
             f"and {ids} ids were received; every key needs one length per sample and the lengths must add up to the ids"
         )
+    return None
 
 
-def _feature_spans(kjt: KeyedJaggedTensor) -> dict[str, tuple[int, int]]:
+def _feature_spans(kjt: KeyedJaggedTensor, *, one_hot: bool) -> dict[str, tuple[int, int]]:
     """Where the ids of each feature begin and end in `kjt.values()`."""
+    keys, stride = kjt.keys(), kjt.stride()
+    if one_hot:
+        return {key: (i * stride, (i + 1) * stride) for i, key in enumerate(keys)}
     ends = kjt.offset_per_key()
-    return {key: (ends[i], ends[i + 1]) for i, key in enumerate(kjt.keys())}
+    return {key: (ends[i], ends[i + 1]) for i, key in enumerate(keys)}
 
 
 def _cat_by_key(tensors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> torch.Tensor:

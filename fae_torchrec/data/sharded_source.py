@@ -77,9 +77,9 @@ class ShardedSource(ABC):
             DataError: the data are malformed; says where.
         """
         starts, stops = rank_runs(self.num_samples, batch_size, rank, world_size)
-        return cut_runs(self._pieces(starts, stops), starts, stops)
+        return cut_runs(self.pieces(starts, stops), starts, stops)
 
-    def _pieces(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[int, Batch]]:
+    def pieces(self, starts: np.ndarray, stops: np.ndarray) -> Iterator[tuple[int, Batch]]:
         """Yields (number of its first sample, batch) for the shards that some run touches, in order."""
         ends = np.cumsum(self.shard_sizes())
         begins = ends - self.shard_sizes()

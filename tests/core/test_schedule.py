@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fae_torchrec.core.errors import ConfigError
-from fae_torchrec.core.schedule import Phase, Policy, ShuffleSchedule
+from fae_torchrec.core.schedule import Cursor, Guard, Phase, Policy, ShuffleSchedule
 
 COUNT = st.integers(0, 60)
 RATE = st.floats(1, 100)
@@ -137,8 +137,99 @@ def test_feedback_shapes_the_phase_that_is_asked_for_next() -> None:
 def test_stock_does_not_segregate() -> None:
     assert not ShuffleSchedule("stock").segregates
     assert all(ShuffleSchedule(policy).segregates for policy in ("fae", "fixed", "proportional"))
-    with pytest.raises(ConfigError, match="stock schedule has no phases"):
-        ShuffleSchedule("stock").phases(1, 1)
+    assert _letters(ShuffleSchedule("stock"), 5, 0) == "M5"
+
+
+# The schedule's table: start R(50), two rises, five falls, an equal loss, a rise. The epoch has 40 cold and 20 hot batches; the loss is
+# looked at after each phase. Columns: phase, loss seen after it, rate that the next phase is opened with.
+TABLE = [
+    (Phase("cold", 20), 0.70, 50.0),
+    (Phase("hot", 10), 0.72, 25.0),  # a rise
+    (Phase("cold", 10), 0.74, 12.5),  # a rise
+    (Phase("hot", 3), 0.73, 12.5),  # ceil(2.5); the first fall
+    (Phase("cold", 5), 0.72, 12.5),
+    (Phase("hot", 3), 0.71, 12.5),
+    (Phase("cold", 5), 0.70, 25.0),  # the fourth fall in a row; cold is used up
+    (Phase("hot", 4), 0.69, 25.0),  # the fifth fall is the first of a new run; what is left of the hot batches
+]
+SECOND_EPOCH = [
+    (Phase("cold", 10), 0.69, 25.0),  # an equal loss ends the run
+    (Phase("hot", 5), 0.68, 25.0),
+    (Phase("cold", 10), 0.70, 12.5),
+    (Phase("hot", 3), 0.70, 12.5),
+]
+
+
+def test_the_table_of_the_schedule() -> None:
+    schedule = ShuffleSchedule("fae", rate=50)
+    for table in (TABLE, SECOND_EPOCH):
+        phases = schedule.phases(40, 20)
+        for phase, loss, rate in table:
+            assert next(phases) == phase
+            schedule.observe(loss)
+            assert schedule.rate == rate
+
+
+@given(st.sampled_from(["fae", "fixed", "proportional", "stock"]), COUNT, COUNT, RATE, st.data())
+def test_a_cursor_saved_at_any_step_goes_on(policy: Policy, n_cold: int, n_hot: int, rate: float, data: st.DataObject) -> None:
+    losses = data.draw(st.lists(st.floats(0, 1, width=16), max_size=10))
+    stop = data.draw(st.integers(0, n_cold + n_hot))
+
+    def run(saved: tuple[dict[str, object], list[object], int] | None, until: int) -> tuple[list[str | None], object]:
+        schedule, feedback = ShuffleSchedule(policy, rate=rate, patience=2), losses
+        cursor, seen = schedule.start(n_cold, n_hot), 0
+        if saved is not None:
+            state, place, seen = json.loads(json.dumps(saved))
+            schedule.load_state_dict(state)
+            cursor = Cursor(*place)
+        kinds: list[str | None] = []
+        while not cursor.done and len(kinds) < until:
+            if not cursor.left:
+                if seen < len(feedback):
+                    schedule.observe(feedback[seen])
+                    seen += 1
+                cursor = schedule.next_phase(cursor)
+            kinds.append(cursor.kind)
+            cursor = cursor.step()
+        return kinds, (schedule.state_dict(), list(cursor), seen)
+
+    whole, _ = run(None, 1000)
+    first, saved = run(None, stop)
+    assert first + run(saved, 1000)[0] == whole  # type: ignore[arg-type]
+
+
+def test_the_guard_spreads_what_is_left_and_says_so() -> None:
+    schedule = ShuffleSchedule("fixed", rate=50, guard=Guard("auc", band=0.02))
+    phases = schedule.phases(4, 4)
+    seen = [next(phases)]
+    schedule.observe(0.6, {"auc": 0.70})
+    seen.append(next(phases))
+    schedule.observe(0.5, {"auc": 0.685})  # inside the band
+    assert not schedule.fell_back
+    seen.append(next(phases))
+    assert seen == [Phase("cold", 2), Phase("hot", 2), Phase("cold", 2)]
+    phases = schedule.phases(4, 4)
+    next(phases)
+    schedule.observe(0.5, {"auc": 0.67})
+    assert schedule.fell_back
+    assert "".join(phase.kind[0] * phase.count for phase in phases) == "chhchh"  # 2 cold and 4 hot are left
+    schedule.observe(0.1, {"auc": 0.99})
+    assert schedule.fell_back  # for good
+    with pytest.raises(ConfigError, match="watches 'auc'; received only"):
+        schedule.observe(0.1)
+
+
+def test_the_guard_of_a_loss_looks_upwards() -> None:
+    schedule = ShuffleSchedule("fae", guard=Guard("logloss", band=0.1))
+    for loss, fell_back in ((float("nan"), False), (0.5, False), (0.3, False), (0.39, False), (0.41, True)):
+        schedule.observe(loss)
+        assert schedule.fell_back == fell_back
+
+
+@pytest.mark.parametrize("guard", [{"metric": "recall"}, {"band": 0.0}, {"band": float("nan")}])
+def test_bad_guards_are_refused(guard: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="schedule guard: received metric"):
+        Guard(**guard)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +269,7 @@ def test_the_state_of_another_schedule_is_refused() -> None:
     state = ShuffleSchedule("fae").state_dict()
     with pytest.raises(ConfigError, match=r"policy 'fae'.*'fixed'"):
         ShuffleSchedule("fixed").load_state_dict(state)
-    with pytest.raises(ConfigError, match=r"patience 4.*with 2"):
+    with pytest.raises(ConfigError, match=r"patience 4.* has 2"):
         ShuffleSchedule(patience=2).load_state_dict(state)
     with pytest.raises(ConfigError, match="allowed are exactly"):
         ShuffleSchedule().load_state_dict({"rate": 3})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSet, TableSpec
-from fae_torchrec.data.batches import is_hot_batch
-from fae_torchrec.data.dataloader import Agree, HotColdDataLoader
+from fae_torchrec.data.batches import HotColdBatch, is_hot_batch
+from fae_torchrec.data.dataloader import HotColdDataLoader
+from fae_torchrec.data.sharded_source import ShardedSource
+from fae_torchrec.data.stream_windows import Agree
 
 # Two features look up rows 0..9; rows 0..4 are hot.
 
@@ -65,21 +69,41 @@ class Stream:
         return made
 
 
+class Dealt(ShardedSource):
+    """A source of the samples 0, 1, ... in shards of 7, dealt as BatchSource says."""
+
+    feature_names, num_dense, name = ("f", "g"), 2, "dealt"
+
+    def __init__(self, hot: list[bool]) -> None:
+        self.hot = hot
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.hot) // 7)
+
+    def read_shard(self, shard: int) -> Iterator[Batch]:
+        yield make_batch(7 * shard, self.hot[7 * shard : 7 * shard + 7])
+
+    def size_hint(self) -> int:
+        return len(self.hot)
+
+
 @dataclass
 class Rank:
-    """What one rank did: its batches, the kind of each, and the order of its steps and agreements."""
+    """What one rank did: its batches, and the order of its steps and agreements."""
 
-    batches: list[Batch] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
+    batches: list[HotColdBatch] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
     error: BaseException | None = None
+    state: dict[str, Any] | None = None
 
-    def numbers(self, *kinds: str) -> list[list[int]]:
-        return [
-            [int(x) for x in batch.labels.tolist()]
-            for batch, kind in zip(self.batches, self.kinds, strict=True)
-            if kind in kinds or not kinds
-        ]
+    @property
+    def kinds(self) -> list[str]:
+        return [batch.kind for batch in self.batches]
+
+    def numbers(self) -> list[list[int]]:
+        """The samples' own numbers, which their labels are; none for a filler."""
+        return [[int(x) for x in batch.labels[: batch.num_samples].tolist()] for batch in self.batches]
 
 
 class AllGather:
@@ -107,8 +131,25 @@ class AllGather:
             self._changed.notify_all()
 
 
-def run_ranks(world: int, make: Callable[[int, Agree], HotColdDataLoader], *, lonely: bool = False) -> list[Rank]:
-    """Runs one pass of each rank's loader in a thread of its own. Lonely ranks do not really agree."""
+def run_ranks(
+    world: int,
+    make: Callable[[int, Agree], HotColdDataLoader],
+    *,
+    passes: int = 1,
+    stop_after: int | None = None,
+    feedback: Sequence[float] = (),
+    lonely: bool = False,
+) -> list[Rank]:
+    """Runs each rank's loader in a thread of its own.
+
+    Args:
+        world: ranks.
+        make: a rank's loader, given its all-gather.
+        passes: epochs.
+        stop_after: ends after so many steps; `state` of each rank is then what a checkpoint would hold.
+        feedback: test losses, one observed after each phase.
+        lonely: ranks do not really agree.
+    """
     gather = AllGather(world)
     ranks = [Rank() for _ in range(world)]
 
@@ -121,24 +162,28 @@ def run_ranks(world: int, make: Callable[[int, Agree], HotColdDataLoader], *, lo
 
         return agree
 
-    def one_pass(rank: int) -> None:
-        mine = ranks[rank]
+    def run(rank: int) -> None:
+        mine, losses = ranks[rank], iter(feedback)
         try:
             loader = make(rank, agree_of(rank))
-            done = (0, 0, 0)
-            for batch in loader:
-                stats = loader.stats
-                counts = (stats.hot_batches, stats.cold_batches, stats.mixed_batches)
-                (kind,) = (name for name, now, then in zip(("hot", "cold", "mixed"), counts, done, strict=True) if now == then + 1)
-                done = counts
-                mine.batches.append(batch)
-                mine.kinds.append(kind)
-                mine.trace.append(kind)
+            while loader.epoch < passes:
+                for phase, batches in loader.phases():
+                    for batch in batches:
+                        assert batch.kind == phase.kind
+                        mine.batches.append(batch)
+                        mine.trace.append(batch.kind)
+                        if len(mine.batches) == stop_after:
+                            assert batch.position is not None
+                            mine.state = json.loads(json.dumps(loader.state_dict(batch.position)))
+                            loader.close()
+                            return
+                    if (loss := next(losses, None)) is not None:
+                        loader.schedule.observe(loss)
         except BaseException as error:
             mine.error = error
             gather.die()
 
-    threads = [threading.Thread(target=one_pass, args=(rank,), daemon=True) for rank in range(world)]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -148,17 +193,19 @@ def run_ranks(world: int, make: Callable[[int, Agree], HotColdDataLoader], *, lo
 
 
 def run_one(loader: HotColdDataLoader) -> Rank:
-    (rank,) = run_ranks(1, lambda rank, agree: loader)
+    """One more pass of a loader on one rank."""
+    (rank,) = run_ranks(1, lambda rank, agree: loader, passes=loader.epoch + 1)
     if rank.error is not None:
         raise rank.error
     return rank
 
 
 def unpack(batch: Batch) -> dict[int, tuple[object, ...]]:
-    """Sample number -> everything that belongs to the sample."""
+    """Sample number -> everything that belongs to the sample; nothing for a filler."""
     kjt = batch.sparse_features
     samples = {}
-    for i, label in enumerate(batch.labels.tolist()):
+    real = batch.num_samples if isinstance(batch, HotColdBatch) else len(batch.labels)
+    for i, label in enumerate(batch.labels.tolist()[:real]):
         parts: list[object] = [batch.dense_features[i].tolist()]
         for key in list(kjt.keys()):
             jagged = kjt[key]
@@ -170,14 +217,14 @@ def unpack(batch: Batch) -> dict[int, tuple[object, ...]]:
     return samples
 
 
-def broken_promises(batches: list[Batch]) -> list[int]:
+def broken_promises(batches: Sequence[Batch]) -> list[int]:
     """The checker: numbers of batches that are marked hot and hold an id outside 0..4."""
     return [i for i, batch in enumerate(batches) if is_hot_batch(batch) and any(x > 4 for x in batch.sparse_features.values().tolist())]
 
 
 def check_rank(rank: Rank, stream: Stream, batch_size: int) -> None:
+    """Every sample of a stream once on its rank, whole, in stream order within its kind, in batches that are what they say."""
     assert rank.error is None
-    # Exactly once, with everything that belongs to the sample.
     wanted: dict[int, tuple[object, ...]] = {}
     for batch in stream.batches():
         wanted.update(unpack(batch))
@@ -186,22 +233,41 @@ def check_rank(rank: Rank, stream: Stream, batch_size: int) -> None:
         got.update(unpack(batch))
     assert sorted(n for part in rank.numbers() for n in part) == list(range(len(stream.hot)))
     assert got == wanted
-    # Kinds are what they say, and only hot batches are marked.
-    for part in rank.numbers("hot"):
-        assert len(part) == batch_size and all(stream.hot[n] for n in part)
-    for part in rank.numbers("cold"):
-        assert len(part) == batch_size and not any(stream.hot[n] for n in part)
-    assert broken_promises(rank.batches) == []
-    assert [is_hot_batch(batch) for batch in rank.batches] == [kind == "hot" for kind in rank.kinds]
-    # Stream order within a kind, leftovers last and in stream order too.
-    mixed = [n for part in rank.numbers("mixed") for n in part]
-    assert mixed == sorted(mixed)
-    for kind, is_hot in (("hot", True), ("cold", False)):
-        numbers = [n for part in rank.numbers(kind) for n in part] + [n for n in mixed if stream.hot[n] == is_hot]
+    for kind in ("hot", "cold", "mixed"):
+        numbers = [n for batch, part in zip(rank.batches, rank.numbers(), strict=True) if batch.kind == kind for n in part]
         assert numbers == sorted(numbers)
-    first_mixed = len(rank.kinds) - rank.kinds.count("mixed")
-    assert set(rank.kinds[first_mixed:]) <= {"mixed"}
-    assert all(1 <= len(part) <= batch_size for part in rank.numbers("mixed"))
+        assert kind == "mixed" or all(stream.hot[n] == (kind == "hot") for n in numbers)
+    assert broken_promises(rank.batches) == []
+    assert all(is_hot_batch(batch) == (batch.kind == "hot") for batch in rank.batches)
+    assert all(0 <= len(part) <= batch_size for part in rank.numbers())
+
+
+def check_steps(ranks: list[Rank], full_step: int) -> None:
+    """Every rank takes the same kinds of steps, none of them empty, weighted by samples, and no number comes twice in an epoch.
+
+    Args:
+        ranks: that trained together.
+        full_step: samples of a full step of all ranks that the epochs began with.
+    """
+    assert disagreements(ranks) == []
+    seen: set[tuple[int, int]] = set()
+    for batches in zip(*(rank.batches for rank in ranks), strict=True):
+        assert len({batch.position for batch in batches}) == 1
+        samples = sum(batch.num_samples for batch in batches)
+        assert samples > 0
+        for batch in batches:
+            assert batch.weight == batch.num_samples * len(ranks) / (samples if batch.kind == "mixed" else full_step)
+            assert batch.sparse_features.stride() == len(batch.labels) == max(batch.num_samples, 1)
+            assert len(batch.sample_numbers) == batch.num_samples and batch.position is not None
+            numbers = {(batch.position.epoch, number) for number in batch.sample_numbers.tolist()}
+            assert not seen & numbers
+            seen |= numbers
+
+
+def only_epoch(ranks: list[Rank], epoch: int) -> list[Rank]:
+    """What the ranks did in one epoch; agreements are left out."""
+    of_epoch = [[batch for batch in rank.batches if batch.position is not None and batch.position.epoch == epoch] for rank in ranks]
+    return [Rank(batches, [batch.kind for batch in batches]) for batches in of_epoch]
 
 
 def disagreements(ranks: list[Rank]) -> list[int]:

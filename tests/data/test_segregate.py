@@ -14,7 +14,7 @@ from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSet, TableSpec
 from fae_torchrec.data.batches import HotKeyedJaggedTensor, is_hot_batch
-from fae_torchrec.data.segregate import Bundler, check_ids, concat_batches, hot_samples, plain_batch, select_samples
+from fae_torchrec.data.segregate import check_ids, concat_batches, hot_samples, plain_batch, select_samples
 
 Bag = list[int]
 
@@ -220,35 +220,3 @@ def test_cutting_and_joining_drop_the_promise() -> None:
         assert not is_hot_batch(made)
         assert unpack(made)[0] == unpack(batch)[0]
     assert plain_batch(batch) is batch
-
-
-@settings(deadline=None, max_examples=100)
-@given(parts=st.lists(any_samples, max_size=5), weighted=st.booleans(), data=st.data())
-def test_bundler_is_a_queue_of_samples(parts: list[list[dict[str, Bag]]], weighted: bool, data: st.DataObject) -> None:
-    queue, wanted, start = Bundler(), [], 0
-    for rows in parts:
-        batch = make_batch(rows, weighted=weighted, start=start)
-        queue.add(batch, torch.arange(start, start + len(rows)) * 10)
-        wanted += unpack(batch)
-        start += len(rows)
-    got, positions = [], []
-    while len(queue):
-        size = data.draw(st.integers(1, len(queue)))
-        before = len(queue)
-        batch, places = queue.pop(size)
-        assert (batch.sparse_features.stride(), len(queue)) == (size, before - size)
-        got += unpack(batch)
-        positions += places.tolist()
-    assert got == wanted
-    assert positions == [10 * i for i in range(start)]
-
-
-def test_bundler_refuses_to_give_more_than_it_has() -> None:
-    queue = Bundler()
-    queue.add(make_batch([{"a": [0]}], keys=("a",)), torch.tensor([0]))
-    for size in (0, 2):
-        with pytest.raises(DataError, match=r"allowed 1\.\.1"):
-            queue.pop(size)
-    queue.pop(1)
-    with pytest.raises(DataError, match="0 waiting"):
-        queue.pop(1)
