@@ -29,6 +29,7 @@ from fae_torchrec.distributed.stock_state import StockState
 from fae_torchrec.distributed.tiers import (
     Collection,
     FAEContext,
+    RowsAhead,
     StockTier,
     left_configs,
     merged_tables,
@@ -96,6 +97,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         cold_lookups = [lookup for tier in self._cold for lookup in tier.module._lookups]
         self._lookups = [*self._hot.lookups, *cold_lookups, *(lookup for tier in self._left for lookup in tier.module._lookups)]
         self._steps = self._hot.step_count = StepCount([*self._hot.lookups, *cold_lookups])
+        self._loads = 0  # times that rows came from outside: what was looked up before is void
         self._init_state(cold_lookups)
         if module.device.type not in ("meta", "cpu"):  # as stock: weights that already lie on the device are kept
             self.load_state_dict(module.state_dict(), strict=False)
@@ -225,7 +227,10 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         hot_input, *rest = list(inputs)
         cold = left = None
         for tier in self._cold if ctx.cold is not None else []:
-            cold = tier.module.compute_and_output_dist(ctx.cold, KJTList(rest[: tier.num_inputs]))
+            if ctx.ahead is not None and ctx.ahead.loads == self._loads:
+                cold = ctx.ahead.take(step)
+            else:
+                cold = tier.module.compute_and_output_dist(ctx.cold, KJTList(rest[: tier.num_inputs]))
             rest = rest[tier.num_inputs :]
         for tier in self._left:
             left = tier.module.compute_and_output_dist(ctx.left, KJTList(rest))
@@ -283,6 +288,32 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
             tier.module.prefetch(KJTList(rest[: tier.num_inputs]), forward_stream)
             rest = rest[tier.num_inputs :]
 
+    def look_ahead(self, ctx: FAEContext, dist_input: KJTList, forward_stream: torch.Stream | None = None) -> None:
+        """Brings a coming batch's cold rows before its turn. Nothing changes as long as only hot batches are trained on until then.
+
+        On the CPU: looks them up and starts their output dist, a collective; `compute_and_output_dist` takes what comes. Rows from before
+        weights were loaded are looked up again. On CUDA (not yet run there): the stock prefetch into the cache of UVM caching, which writes
+        back what it evicts; local, and taken back by `forget_prefetched`.
+
+        Args:
+            ctx: of the coming batch.
+            dist_input: what its input dist gave.
+            forward_stream: where its forward will run; CUDA only.
+        """
+        for tier in self._cold if ctx.cold is not None else []:
+            inputs = KJTList(list(dist_input)[1 : 1 + tier.num_inputs])
+            if self._device.type == "cpu":
+                assert ctx.cold is not None
+                ctx.ahead = RowsAhead(self._loads, self._steps.resume)
+                tier.look_ahead(ctx.cold, inputs, ctx.ahead)
+            else:
+                tier.prefetch(inputs, forward_stream)
+
+    def forget_prefetched(self) -> None:
+        """Takes back what `look_ahead` has prefetched, before the cold tier serves another batch; see `StockTier.forget_prefetched`."""
+        for tier in self._cold:
+            tier.forget_prefetched()
+
     def create_context(self) -> FAEContext:
         """An empty context for one batch."""
         return FAEContext()
@@ -317,6 +348,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         """Copies every home to its hot row, and takes the step count from the kernels again. Collective: all ranks take part."""
         self._homes.promote()
         self._steps.restart()
+        self._loads += 1
 
     def check_replicas(self) -> None:
         """Checks that the replicas of the hot rows are bit-identical, by checksums. Collective; nothing to check in a sharded hot tier.
@@ -343,7 +375,9 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         Raises:
             StateError: a key is missing or unexpected (with `strict`), or a tensor has another shape than its table.
         """
-        return self._state.load(state_dict, strict)
+        loaded = self._state.load(state_dict, strict)
+        self._loads += 1
+        return loaded
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What a parent's `nn.Module.load_state_dict` would call, past `load_state_dict`: the hot rows would keep their old values."""

@@ -122,7 +122,15 @@ def launched_group(device_type: str) -> Iterator[dist.ProcessGroup | None]:
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's agent keeps one store for all its attempts (torch 2.13, pytorch#135712): without a prefix of their own, restarted
+        # ranks find the addresses of killed ones there, and fail or hang. With several agents the counts of restarts need not agree.
+        agents = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", agents)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    else:
+        dist.init_process_group(backend)
     try:
         yield dist.group.WORLD
     finally:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
-from torchrec.distributed.types import Awaitable
+from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.types import Awaitable, LazyAwaitable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -24,6 +26,29 @@ _MARKS = ("_optimizer_classes", "_optimizer_kwargs")  # left by apply_optimizer_
 
 
 @dataclass
+class RowsAhead:
+    """Cold rows that were looked up before their batch's turn.
+
+    Attributes:
+        loads: how often weights had been loaded by then: rows from before a load are not used.
+        resume: makes kernels count a step as the current one (`StepCount.resume`).
+        output: the stock collection's output, on its way.
+        step: the batch's own step, known at its turn; its update belongs to it.
+    """
+
+    loads: int
+    resume: Callable[[int], None]
+    output: LazyAwaitable[Any] | None = None
+    step: int = 0
+
+    def take(self, step: int) -> LazyAwaitable[Any]:
+        """The output, at the batch's turn."""
+        assert self.output is not None
+        self.step = step
+        return self.output
+
+
+@dataclass
 class FAEContext(Multistreamable):
     """What the input dist of one batch leaves for compute and output dist.
 
@@ -31,12 +56,14 @@ class FAEContext(Multistreamable):
         ids: the batch's ids by tier.
         cold: the cold tier's stock context, None for a hot batch and where no table has a cold row.
         left: the stock context of the tables left to stock sharding, None where there are none.
+        ahead: the cold rows, where they were looked up before the batch's turn.
         sharding_contexts: as TorchRec's pipelines want them: one per awaitable, None where a tier of ours has none.
     """
 
     ids: TieredIds | None = None
     cold: Multistreamable | None = None
     left: Multistreamable | None = None
+    ahead: RowsAhead | None = None
     sharding_contexts: list[EmbeddingShardingContext | None] = field(default_factory=list)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -73,6 +100,44 @@ class StockTier:
         ctx.sharding_contexts.extend(stock.sharding_contexts)
         return stock, awaitables
 
+    def look_ahead(self, stock: Multistreamable, inputs: KJTList, ahead: RowsAhead) -> None:
+        """Looks a coming batch up and starts its output dist, as far as values go; its update keeps its own turn. Collective.
+
+        A fused kernel takes learning rate and step count at its forward, which would be those of an earlier step here. So the lookup is
+        made without gradient, and backward makes the forward that its update needs.
+
+        Args:
+            stock: the batch's stock context.
+            inputs: what its input dist gave.
+            ahead: gets the output.
+        """
+        lookups = self.module._lookups
+        self.module._lookups = [_LookupAhead(lookup, ahead) for lookup in lookups]
+        try:
+            ahead.output = self.module.compute_and_output_dist(stock, inputs)
+        finally:
+            self.module._lookups = lookups
+
+    def prefetch(self, inputs: KJTList, forward_stream: torch.Stream | None) -> None:
+        """The stock prefetch into caches, if kernels lock what they prefetch (`prefetch_pipeline` in fused_params), as TorchRec asks."""
+        if all(kernel.prefetch_pipeline for kernel in self._kernels()):
+            self.module.prefetch(inputs, forward_stream)
+
+    def forget_prefetched(self) -> None:
+        """Takes back what `prefetch` announced to FBGEMM's cached kernels and no forward has used: the next forward is another batch's.
+
+        The rows stay in the cache, unlocked. Written for CUDA (FBGEMM 1.8's private lists), not yet run there.
+        """
+        for kernel in self._kernels():
+            for locations in kernel.lxu_cache_locations_list if kernel.prefetch_pipeline else []:
+                torch.ops.fbgemm.lxu_cache_locking_counter_decrement(kernel.lxu_cache_locking_counter, locations)
+            kernel.lxu_cache_locations_list.clear()
+            kernel.timesteps_prefetched.clear()
+
+    def _kernels(self) -> list[Any]:
+        modules = (module for lookup in self.module._lookups for module in lookup.modules())
+        return [module for module in modules if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)]
+
     @property
     def num_inputs(self) -> int:
         """Awaitables that an input dist gives: one per sharding type."""
@@ -88,6 +153,36 @@ class StockTier:
         lengths = torch.zeros(len(self.keys), dtype=torch.int32, device=device)
         ctx = self.module.create_context()
         self.module.input_dist(ctx, KeyedJaggedTensor(self.keys, none, weights, lengths)).wait().wait()
+
+
+class _LookupAhead:
+    """Stands for a stock lookup while a batch is looked up ahead."""
+
+    def __init__(self, lookup: nn.Module, ahead: RowsAhead) -> None:
+        self._lookup, self._ahead = lookup, ahead
+
+    def __call__(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        anchor = torch.empty(0, device=features.device(), requires_grad=True)  # what makes autograd call the backward
+        values: torch.Tensor = _ValuesAhead.apply(anchor, self._lookup, self._ahead, features)  # type: ignore[no-untyped-call]
+        return values
+
+
+class _ValuesAhead(torch.autograd.Function):
+    """A lookup's values, whose backward is that of a lookup made in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, lookup: nn.Module, ahead: RowsAhead, features: KeyedJaggedTensor) -> torch.Tensor:
+        ctx.lookup, ctx.ahead, ctx.features = lookup, ahead, features
+        values: torch.Tensor = lookup(features)
+        return values.detach()  # a rank without a table gives a buffer of its own
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None, None]:
+        ctx.ahead.resume(ctx.ahead.step)
+        with torch.enable_grad():
+            values = ctx.lookup(ctx.features)
+        values.backward(grad)
+        return None, None, None, None
 
 
 def optimizer_key(weight: nn.Parameter) -> Hashable:

@@ -18,7 +18,6 @@ from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.segregate import hot_samples
-from fae_torchrec.training.batch_kinds import with_kinds
 from fae_torchrec.training.traffic import CollectiveCounter
 
 
@@ -79,11 +78,12 @@ def audit(
     kinds: dict[str, KindAudit] = {}
     uncounted: set[str] = set()
     model.train()
-    for name, batch in with_kinds(loader):
-        kind = kinds.setdefault(name, KindAudit())
+    for batch in loader:
+        kind = kinds.setdefault(batch.kind, KindAudit())
         kind.steps += 1
-        kind.samples += batch.labels.numel()
-        kind.hot_samples += float(hot_samples(batch.sparse_features, placement).sum()) if placement is not None else 0
+        kind.samples += batch.num_samples
+        if placement is not None and batch.num_samples:  # a filler has no id, and would pass for a hot sample
+            kind.hot_samples += float(hot_samples(batch.sparse_features, placement).sum())
         rows, row_bytes = cold_accesses(batch.sparse_features, tables, placement)
         kind.cold_rows += rows
         kind.cold_bytes += row_bytes

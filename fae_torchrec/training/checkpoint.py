@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -16,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
-from fae_torchrec.core.errors import ConfigError, DataError
+from fae_torchrec.core.errors import ConfigError, DataError, FAEError
 from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.training.training_state import Key, TrainingState, all_ranks, check_fits, widths_of
@@ -47,6 +49,7 @@ def save_checkpoint(
     Raises:
         ConfigError: the folder holds a checkpoint already.
         DataError: `extra` is not for JSON.
+        FAEError: a rank could not write its files (a full disk); on every rank alike, and there are no metadata.
     """
     text = from_first_rank(lambda: _prepare(Path(path), {"placements": _placements(model), **(extra or {})}), all_ranks())
     state = TrainingState(model, optimizer)
@@ -55,7 +58,8 @@ def save_checkpoint(
         values["optimizer"] = {"state": state.optimizer_state["state"]}
     if state.step is not None:
         values[_STEP] = state.step
-    save(values, checkpoint_id=path)
+    with _one_line_errors(f"checkpoint {path} could not be written"):
+        save(values, checkpoint_id=path)
 
 
 @torch.no_grad()
@@ -76,6 +80,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParalle
         ConfigError: there is no checkpoint, or it was never finished.
         DataError: it is damaged.
         StateError: it is of another model; names each key. On every rank alike.
+        FAEError: a rank could not read its files; on every rank alike.
     """
     metadata: Metadata = from_first_rank(lambda: _read_metadata(Path(path)), all_ranks())
     saved = metadata.state_dict_metadata
@@ -94,7 +99,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParalle
             values[_name(key)] = value
         elif state.pieces(key):
             values[_name(key)] = reshaped[key] = torch.empty(shape, dtype=state.entries[key].dtype)
-    load(values, checkpoint_id=path)
+    with _one_line_errors(f"checkpoint {path} could not be read"):
+        load(values, checkpoint_id=path)
     for key, whole in reshaped.items():
         refitted = wanted[key].refit(whole)
         for piece, tensor in state.pieces(key):
@@ -105,6 +111,36 @@ def load_checkpoint(path: str | os.PathLike[str], model: DistributedModelParalle
     state.commit(values.get(_STEP))
     extra: dict[str, Any] = json.loads(values.get(_EXTRA, "{}"))
     return extra
+
+
+def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `extra`, and the placements, without a model. Collective.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ConfigError, DataError: as `load_checkpoint`.
+    """
+
+    def read() -> dict[str, Any]:
+        values = {name: "" for name in _read_metadata(Path(path)).state_dict_metadata if name == _EXTRA}
+        with _one_line_errors(f"checkpoint {path} could not be read"):
+            load(values, checkpoint_id=path, no_dist=True)
+        extra: dict[str, Any] = json.loads(values.get(_EXTRA, "{}"))
+        return extra
+
+    return from_first_rank(read, all_ranks())  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """Turns torch's CheckpointException, which every rank gets but which is no Exception and holds tracebacks, into an error of ours."""
+    try:
+        yield
+    except CheckpointException as failure:
+        causes = "; ".join(f"rank {rank}: {type(error).__name__}: {error}" for rank, (error, _) in failure.failures.items())
+        raise FAEError(f"{what} ({causes}); look at the folder's disk and permissions") from failure
 
 
 def _name(key: Key) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,7 +14,12 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.errors import DataError
-from fae_torchrec.distributed.process_group import all_gather_single
+from fae_torchrec.data.batches import HotColdBatch
+from fae_torchrec.data.filler import filler_like
+from fae_torchrec.data.segregate import plain_batch
+from fae_torchrec.distributed.process_group import all_gather_single, gather_counts
+
+_WINDOW_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -34,25 +41,31 @@ class Scores:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, group: dist.ProcessGroup | None = None) -> Scores:
-    """Scores a model that returns `(loss, (loss, logits, labels))`, as TorchRec's DLRMTrain does.
+    """Scores a model that returns `(loss, (loss, logits, labels))`, as TorchRec's DLRMTrain does. Collective: every rank calls it.
 
     Args:
         model: sharded or not; put into eval mode and back.
-        batches: this rank's batches; every rank must have equally many (the model's collectives run on each).
+        batches: this rank's batches. Ranks may have different numbers of them: one that has no more takes part in the model's collectives
+            with fillers, which are not scored. A promise to be hot is not kept, because another rank's batch may not be.
         device: where the model lies.
         group: the ranks to score over; None for this rank alone.
 
     Raises:
-        DataError: there is no sample at all, or a label that is not 0 or 1.
+        DataError: there is no sample at all, or a label that is not 0 or 1; another rank's batches raised an error (on that rank it is
+            raised itself).
     """
+    group = group if group is not None and group.size() > 1 else None
     training = model.training
     model.eval()
     logits, labels = [torch.empty(0, device=device)], [torch.empty(0, device=device)]
-    for batch in batches:
-        _, (_, batch_logits, batch_labels) = model(batch.to(device))
-        logits.append(batch_logits.detach().float())
-        labels.append(batch_labels.detach().float())
-    model.train(training)
+    try:
+        for batch in batches if group is None else _as_many(batches, device, group):
+            _, (_, batch_logits, batch_labels) = model(plain_batch(batch).to(device))
+            if not (isinstance(batch, HotColdBatch) and batch.num_samples == 0):
+                logits.append(batch_logits.detach().float())
+                labels.append(batch_labels.detach().float())
+    finally:
+        model.train(training)
     all_logits, all_labels = _gather(torch.cat(logits), group), _gather(torch.cat(labels), group)
     if not all_labels.numel():
         raise DataError("there are no samples to evaluate on; received an empty stream of test batches on every rank")
@@ -78,9 +91,45 @@ def check_labels(labels: torch.Tensor) -> None:
         raise DataError(f"test labels must be 0 or 1, received {float(wrong[0]):g}; code the label column so")
 
 
+def _as_many(batches: Iterable[Batch], device: torch.device, group: dist.ProcessGroup) -> Iterator[Batch]:
+    """Makes the ranks' streams equally long by fillers. The ranks agree on many batches at once, which are read ahead."""
+    agree, stream = gather_counts(group, device), iter(batches)
+    like: Batch | None = None
+    while True:
+        failure: Exception | None = None
+        window: list[Batch] = []
+        try:
+            window.extend(islice(stream, _WINDOW_BATCHES))
+        except Exception as error:  # whatever a reader may raise: the other ranks must not wait for this one
+            failure = error
+        like = window[-1] if window else like
+        counts, has_like = agree(np.array([-1 if failure else len(window), like is not None])).T
+        if failure:
+            raise failure
+        if counts.min() < 0:
+            raise DataError(f"reading the test batches failed on rank {int(counts.argmin())}; its own error says why")
+        longest = int(counts.max())
+        if counts.min() < longest and not has_like.all():
+            like = _from_rank(int(counts.argmax()), like, group)
+        for _ in range(longest - len(window)):
+            assert like is not None
+            window.append(filler_like(like, kind="mixed"))
+        yield from window
+        if longest < _WINDOW_BATCHES:
+            return
+
+
+def _from_rank(rank: int, batch: Batch | None, group: dist.ProcessGroup) -> Batch:
+    """A filler like that rank's batch, for ranks that have never seen one."""
+    fillers = [None if batch is None else filler_like(batch, kind="mixed").to(torch.device("cpu"))]
+    dist.broadcast_object_list(fillers, group=group, group_src=rank)
+    assert fillers[0] is not None
+    return fillers[0]
+
+
 def _gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Joins a 1-d tensor of every rank, in rank order; lengths may differ."""
-    if group is None or group.size() == 1:
+    if group is None:
         return values
     length = torch.tensor([values.numel()], device=values.device)
     lengths = length.new_empty(group.size())

@@ -13,7 +13,7 @@ from fae_torchrec.core.tables import TableSet
 from fae_torchrec.distributed.fast_memory import fast_memory_bytes, shard_rows
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.training.audit import KindAudit
-from fae_torchrec.training.trainer import TrainResult
+from fae_torchrec.training.progress import TrainResult
 
 
 def run_entry(name: str, ranks: int, fast_memory: Mapping[str, int], result: TrainResult, kinds: Mapping[str, KindAudit]) -> dict[str, Any]:

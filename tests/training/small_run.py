@@ -96,14 +96,19 @@ def sharded(model: DLRMTrain, placement: RowPlacement | None, **tiers: Any) -> t
     return out, build_optimizer(out, 0.02)
 
 
-def new_loader(source: Samples, placement: RowPlacement, schedule: ShuffleSchedule, window_batches: int | None = None) -> HotColdDataLoader:
-    """This rank's loader."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def new_loader(
+    source: Samples, placement: RowPlacement, schedule: ShuffleSchedule, window_batches: int | None = None, *, prefetch: int = 0
+) -> HotColdDataLoader:
+    """This rank's loader; with `prefetch`, threads that talk over a group of their own."""
+    group = dist.new_group(backend="gloo") if prefetch else dist.group.WORLD
     return HotColdDataLoader(
-        lambda: source.batches(BATCH_SIZE, rank=rank, world_size=world_size),
+        source,
         placement,
-        schedule=schedule,
         batch_size=BATCH_SIZE,
+        schedule=schedule,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        agree=gather_counts(group),
         window_batches=window_batches,
-        agree=gather_counts(dist.group.WORLD),
+        prefetch=prefetch,
     )

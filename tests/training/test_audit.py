@@ -87,7 +87,7 @@ def test_sums_over_ranks(ranks: int) -> None:
     tables = model_tables(new_model(dim=DIM))
     for name, kinds in audited(ranks)[0].items():
         assert [rank[name] for rank in audited(ranks)] == [kinds] * ranks, "the same on every rank"
-        assert kinds.keys() == ({"hot", "cold", "mixed"} if name == "fae" else {"mixed"})
+        assert kinds.keys() == ({"hot", "cold"} if name == "fae" else {"mixed"})
         placement = None if name == "stock" else new_placement(tables)
         hot = 0 if placement is None else int(hot_samples(used.sparse_features, placement).sum())
         rows, row_bytes = slow_cold_accesses(used.sparse_features, tables, placement)
@@ -101,12 +101,12 @@ def test_sums_over_ranks(ranks: int) -> None:
 @both
 def test_kinds_of_fae(ranks: int) -> None:
     kinds = audited(ranks)[0]["fae"]
-    hot, cold, mixed = kinds["hot"], kinds["cold"], kinds["mixed"]
+    hot, cold = kinds["hot"], kinds["cold"]
     assert (hot.hot_samples, hot.cold_rows, hot.cold_bytes) == (hot.samples, 0, 0)
     assert cold.hot_samples == 0
     assert cold.cold_rows >= cold.samples, "every cold sample has a cold row"
-    assert hot.samples == hot.steps * BATCH_SIZE and cold.samples == cold.steps * BATCH_SIZE
-    assert mixed.samples <= mixed.steps * BATCH_SIZE
+    for kind in (hot, cold):  # the last batch of each kind is smaller
+        assert (kind.steps - 2 * ranks) * BATCH_SIZE < kind.samples < kind.steps * BATCH_SIZE
 
 
 def test_bytes_that_cross() -> None:

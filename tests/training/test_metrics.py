@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.distributed as dist
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import DataError
-from fae_torchrec.distributed.local_ranks import run_on_local_ranks
+from fae_torchrec.data.batches import HotColdBatch, HotKeyedJaggedTensor, is_hot_batch
+from fae_torchrec.data.filler import filler_like
 from fae_torchrec.training.metrics import Scores, check_labels, evaluate
+from tests.training.thread_ranks import run_on_threads
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:No (positive|negative) samples:UserWarning")
@@ -102,31 +107,76 @@ def test_labels_are_checked(label: float) -> None:
     check_labels(torch.tensor([0.0, 1.0]))
 
 
-STREAMS = {
-    "different lengths": [([1.0, 2.0, 0.5, -1.0, 0.5], [1, 0, 1, 0, 0]), ([0.5, 3.0], [1, 1])],
-    "one rank has none": [([1.0, 2.0, 0.0], [1, 0, 1]), ([], [])],
-}
+class Exchanging(nn.Module):
+    """Echo with an exchange in every batch, as a sharded model has: a rank with fewer batches would let the others hang."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group, self.batches = group, 0
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        self.batches += 1
+        seen = torch.tensor([self.batches, int(is_hot_batch(batch))])
+        dist.all_reduce(seen, group=self.group)
+        assert seen[0] == self.batches * self.group.size(), "every rank is at the same batch"
+        assert seen[1] == 0, "raw batches on every rank"
+        return Echo().eval()(batch)
 
 
-def _score(rank: int) -> dict[str, Scores | str]:
-    from torch import distributed as dist
-
-    scores: dict[str, Scores | str] = {}
-    for name, streams in STREAMS.items():
-        logits, labels = streams[rank]
-        batches = [batch_of(logits[i : i + 2], labels[i : i + 2]) for i in range(0, len(logits), 2)]
-        scores[name] = evaluate(Echo(), batches, CPU, dist.group.WORLD)
-    try:
-        evaluate(Echo(), [], CPU, dist.group.WORLD)
-    except DataError as error:
-        scores["nothing"] = str(error)
-    return scores
+def batches_of(samples: list[tuple[float, int]], size: int) -> Iterator[Batch]:
+    """All samples in batches; every other one is promised to be hot, and every third is a HotColdBatch followed by a filler."""
+    for n, i in enumerate(range(0, len(samples), size)):
+        batch = batch_of([x for x, _ in samples[i : i + size]], [y for _, y in samples[i : i + size]])
+        sparse = HotKeyedJaggedTensor.promise(batch.sparse_features) if n % 2 else batch.sparse_features
+        if n % 3 == 2:
+            yield HotColdBatch(batch.dense_features, sparse, batch.labels, "hot" if n % 2 else "cold", 1.0, len(batch.labels))
+            yield filler_like(batch, kind="hot")
+        else:
+            yield Batch(batch.dense_features, sparse, batch.labels)
 
 
-def test_ranks_are_joined() -> None:
-    first, second = run_on_local_ranks(_score, 2, timeout_s=120)
-    assert first == second, "the same on every rank, bit for bit"
-    for name, ((logits, labels), (more_logits, more_labels)) in STREAMS.items():
-        assert_same(first[name], slow_scores(logits + more_logits, labels + more_labels))
-        assert first[name] == evaluate(Echo(), [batch_of(logits + more_logits, labels + more_labels)], CPU)
-    assert "no samples to evaluate on" in first["nothing"]
+def score_on(streams: list[list[tuple[float, int]]], size: int) -> list[Any]:
+    """What each rank gets for its stream, and the batches that its model saw."""
+
+    def score(group: dist.ProcessGroup) -> tuple[Scores, int]:
+        model = Exchanging(group)
+        return evaluate(model, batches_of(streams[group.rank()], size), CPU, group), model.batches
+
+    return run_on_threads(score, len(streams))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    streams=st.lists(st.lists(st.tuples(few_logits, st.integers(0, 1)), max_size=30), min_size=2, max_size=3).filter(any),
+    size=st.integers(1, 5),
+)
+@example(streams=[[], [(1.0, 1)] * 30], size=1)  # several windows of batches; a rank that never had one
+@example(streams=[[(1.0, 1)] * 16, [(0.5, 0)] * 3], size=1)
+def test_ranks_with_unequal_streams_are_joined(streams: list[list[tuple[float, int]]], size: int) -> None:
+    everything = [sample for stream in streams for sample in stream]
+    logits, labels = [x for x, _ in everything], [y for _, y in everything]
+    first, *others = score_on(streams, size)
+    assert all(other == first for other in others), "the same on every rank, bit for bit"
+    scores, batches = first
+    assert_same(scores, slow_scores(logits, labels))
+    assert scores == evaluate(Echo(), [batch_of(logits, labels)], CPU)
+    assert batches == max(sum(1 for _ in batches_of(stream, size)) for stream in streams)
+
+
+def test_what_one_rank_cannot_read_ends_all_of_them() -> None:
+    assert [str(error) for error in score_on([[], []], 1)] == [
+        "there are no samples to evaluate on; received an empty stream of test batches on every rank"
+    ] * 2
+
+    def broken(rank: int) -> Iterator[Batch]:
+        for n in range(20):
+            if rank == 1 and n == 10:
+                raise OSError("the disk is gone")
+            yield batch_of([1.0], [1])
+
+    def score(group: dist.ProcessGroup) -> Scores:
+        return evaluate(Exchanging(group), broken(group.rank()), CPU, group)
+
+    first, second = run_on_threads(score, 2)
+    assert isinstance(first, DataError) and "reading the test batches failed on rank 1" in str(first)
+    assert isinstance(second, OSError)

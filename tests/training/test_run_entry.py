@@ -15,9 +15,9 @@ from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import KindAudit
 from fae_torchrec.training.metrics import Scores
+from fae_torchrec.training.progress import TrainResult
 from fae_torchrec.training.run_entry import planned_fast_memory, run_entry
 from fae_torchrec.training.shard import fae_planner
-from fae_torchrec.training.trainer import TrainResult
 from tests.training.small_run import ROWS, new_model, new_placement
 
 HOT = {"hot rows": 800, "index": 200, "stock tables": 0}
