@@ -1,16 +1,18 @@
-"""The command line: fae vocabulary | profile | place | report | train | compare | doctor."""
+"""The command line: fae vocabulary | profile | place | report | segregate | train | compare | doctor."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fae_torchrec.core.errors import ConfigError, FAEError
+
+if TYPE_CHECKING:
+    from fae_torchrec.config import RunConfig
 
 _ABOUT = """\
 FAE hot and cold embeddings for TorchRec: the rows that most accesses go to are hot and lie in fast memory, the others are cold and stay
@@ -22,7 +24,7 @@ An experiment is one YAML or JSON file: the data, the model, the budget of fast 
   fae report --config examples/configs/demo.yaml    how skewed are the accesses, and what does a budget of fast memory buy?
   fae compare --config examples/configs/demo.yaml   all of it, trained and set beside stock TorchRec
 
-place, report, train and compare measure a profile by themselves if the output folder has none of the same data and sampling.
+place, report, segregate, train and compare measure a profile by themselves if the output folder has none of the same data and sampling.
 """
 _COMMANDS = {
     "vocabulary": "number the categories of the train data by how often they occur, once and before all else, if data.coding.method is "
@@ -32,14 +34,17 @@ _COMMANDS = {
     "place": "select the hot rows under the budget (placement.budget); writes OUTPUT/hot_set.npz and OUTPUT/placement.npz",
     "report": "picture how skewed the accesses are and which share of the samples a budget makes all hot; writes OUTPUT/popularity.html, "
     "the same numbers as popularity.json, and the pictures as popularity_*.png",
-    "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); writes OUTPUT/train.json",
+    "segregate": "write the train data once as hot and cold samples, for fast epochs without segregating again; writes a store to "
+    "loader.store, or to OUTPUT/store; train and compare read it if loader.store (--store) names it",
+    "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); with --checkpoint it "
+    "goes on from the newest checkpoint of that folder; writes OUTPUT/train.json",
     "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
     "doctor": "print versions, devices, whether torch, torchrec and fbgemm fit together, and what to install if not",
 }
 _CONFIG_HELP = """\
-The config has the sections data, model, profile, placement, schedule, train, compare, and output, the folder for what is written; see
-examples/configs/. The data are one of synthetic, parquet, criteo (its text files), criteo_npy, avazu, taobao, csv. Any key can be
-overridden: --set train.epochs=2 --set placement.budget=64MiB
+The config has the sections data, model, profile, placement, schedule, loader, train, checkpoint, compare, and output, the folder for what
+is written; see examples/configs/. The data are one of synthetic, parquet, criteo (its text files), criteo_npy, avazu, taobao, csv. Any
+key can be overridden: --set train.epochs=2 --set placement.budget=64MiB
 """
 _PLACEMENT_HELP = (
     "stock: TorchRec alone; fae: hot and cold rows, and batches that are all hot; fae-unsegregated: hot and cold rows, and batches in the "
@@ -62,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fae_torchrec.doctor import examine  # alone: it must run where torch is missing
 
             return examine(arguments.json)
-        return _run(arguments, ["fae", *(sys.argv[1:] if argv is None else argv)])
+        arguments.command_line = ["fae", *(sys.argv[1:] if argv is None else argv)]
+        return _run(arguments)
     except FAEError as error:
         print(f"fae {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -113,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="samples of a step over all ranks, for --torchrec-stats (default: train.batch_size)",
             )
+        if name in ("segregate", "train", "compare"):
+            command.add_argument("--store", metavar="DIR", help="the store of hot and cold samples (default: loader.store)")
+        if name == "segregate":
+            command.add_argument("--workers", type=int, metavar="N", help="processes that read and write (default: loader.workers)")
         if name == "compare":
             command.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks (default: compare.ranks)")
         if name == "train":
@@ -120,11 +130,22 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)")
             command.add_argument("--load", metavar="DIR", help="start from this checkpoint, of any placement and number of ranks")
             command.add_argument("--save", metavar="DIR", help="save the trained model, weights and optimizer; a new folder")
+            command.add_argument(
+                "--checkpoint",
+                metavar="DIR",
+                help="keep checkpoints in this folder, and go on from the newest that is there (default: checkpoint.folder)",
+            )
+            command.add_argument(
+                "--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default: checkpoint.every_steps)"
+            )
+            command.add_argument("--keep", type=int, metavar="N", help="checkpoints that stay (default: checkpoint.keep)")
+            command.add_argument("--tensorboard", metavar="DIR", help="write TensorBoard scalars (default: train.tensorboard)")
     return parser
 
 
-def _run(arguments: argparse.Namespace, command: list[str]) -> int:
-    from fae_torchrec.config import load_config  # here and below: --help and doctor must not wait for torch
+def _run(arguments: argparse.Namespace) -> int:
+    from fae_torchrec import commands
+    from fae_torchrec.config import load_config  # here: --help and doctor must not wait for torch
     from fae_torchrec.distributed.local_ranks import quiet_host, world_size_of_environment
 
     quiet_host()
@@ -134,174 +155,23 @@ def _run(arguments: argparse.Namespace, command: list[str]) -> int:
     config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
     if getattr(arguments, "output", None):
         config = replace(config, output=arguments.output)
-    if arguments.command == "compare":
-        return _compare(arguments, config, command)
-    if arguments.command == "train":
-        return _train(arguments, config)
-    if arguments.command == "report":
-        return _report(arguments, config, command)
-    if arguments.command == "vocabulary":
-        return _vocabulary(arguments, config)
-    return _profile(arguments, config) if arguments.command == "profile" else _place(arguments, config)
+    run: Callable[[argparse.Namespace, RunConfig], int] = getattr(commands, f"run_{arguments.command}")
+    return run(arguments, config)
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     """The options that are keys of the config."""
-    keys = {"max_bad_lines": "data.max_bad_lines", "workers": "profile.workers"}
+    keys = {
+        "max_bad_lines": "data.max_bad_lines",
+        "workers": "loader.workers" if arguments.command == "segregate" else "profile.workers",
+        "store": "loader.store",
+        "checkpoint": "checkpoint.folder",
+        "checkpoint_every": "checkpoint.every_steps",
+        "keep": "checkpoint.keep",
+        "tensorboard": "train.tensorboard",
+    }
     given = {key: getattr(arguments, option, None) for option, key in keys.items()}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
-
-
-def _vocabulary(arguments: argparse.Namespace, config: Any) -> int:
-    from fae_torchrec.experiment_data import make_vocabulary
-
-    vocabulary, path = make_vocabulary(config, show_progress=not arguments.quiet), config.data.coding.vocabulary
-    lines = [f"{path}: vocabulary {vocabulary.fingerprint} of {vocabulary.source}", "rows that the tables need:"]
-    lines += [f"  {feature:<24} {rows:>12,}" for feature, rows in vocabulary.rows.items()]
-    described = {"path": path, "fingerprint": vocabulary.fingerprint, "source": vocabulary.source, "rows": vocabulary.rows}
-    _print(arguments, lines, json.dumps(described, indent=1))
-    return 0
-
-
-def _profile(arguments: argparse.Namespace, config: Any) -> int:
-    from fae_torchrec.core.histogram import top_share
-    from fae_torchrec.distributed.local_ranks import launched_group
-    from fae_torchrec.experiment import placed_tables
-    from fae_torchrec.experiment_data import open_data
-    from fae_torchrec.experiment_profile import make_cache_statistics, make_profile, save_profile
-    from fae_torchrec.report_parts import describe_profile
-    from fae_torchrec.training.report_table import percent_text
-
-    size = arguments.global_batch_size
-    if size is not None and (size < 1 or not arguments.torchrec_stats):
-        raise ConfigError(f"--global-batch-size: received {size}; give at least 1, and --torchrec-stats with it")
-    data = open_data(config)
-    tables = placed_tables(config, data)
-    show = not arguments.quiet
-    with launched_group("cpu") as group:
-        profile = make_profile(config, data, tables, show_progress=show, group=group)
-        if group is not None and group.rank():
-            return 0
-    path = Path(config.output, "profile.npz")
-    if config.profile.path is not None:  # a named one is brought here
-        path = save_profile(config, profile)
-    top = [(name, profile.counts[name]) for name in tables.names]
-    lines = [
-        f"{path}: profile {profile.fingerprint} of {profile.num_samples:,} of {profile.total_samples:,} samples",
-        *(f"skipped {number:,} malformed line(s) of {file}" for file, number in profile.skipped.items()),
-        "the tables' most accessed 1 % of rows take this share of their accesses:",
-        *(f"  {name:<24} {counts.rows:>12,} rows  {percent_text(top_share(counts)):>6} %" for name, counts in top),
-    ]
-    described = {**describe_profile(profile), "path": str(path)}
-    if arguments.torchrec_stats:
-        statistics, where = make_cache_statistics(config, data, tables, size, show_progress=show)
-        lines += [f"{where}: cache statistics {statistics.fingerprint} for TorchRec's planner"]
-        described["torchrec_stats"] = {"path": str(where), **statistics.to_json()}
-    _print(arguments, lines, json.dumps(described, indent=1))
-    return 0
-
-
-def _report(arguments: argparse.Namespace, config: Any, command: list[str]) -> int:
-    from fae_torchrec.popularity_report import popularity_report, write_popularity_report
-    from fae_torchrec.training.report_table import bytes_text, percent_text
-
-    report = popularity_report(config, command, show_progress=not arguments.quiet)
-    paths = write_popularity_report(report, config.output)
-    placement = report["placement"]
-    lines = [f"budget {bytes_text(placement['budget_bytes'])}, which makes this share of the samples all hot:"]
-    for name, selection in placement["selections"].items():
-        share, low, high = (percent_text(selection[key]) for key in ("hot_inputs", "low", "high"))
-        lines.append(f"  {name:<12} {share:>6} %  ({low} to {high})")
-    _print(arguments, [*lines, *map(str, paths)], paths[0].read_text(encoding="utf-8"))
-    return 0
-
-
-def _place(arguments: argparse.Namespace, config: Any) -> int:
-    from fae_torchrec.compare import describe_placement
-    from fae_torchrec.experiment import make_hot_set, make_placement, placed_tables
-    from fae_torchrec.experiment_data import open_data
-    from fae_torchrec.experiment_profile import make_profile
-    from fae_torchrec.training.report_table import bytes_text, percent_text
-
-    data = open_data(config)
-    tables = placed_tables(config, data)
-    profile = make_profile(config, data, tables, show_progress=not arguments.quiet)
-    hot_set = make_hot_set(config, profile) if config.placement.path is None else None
-    placement, path = make_placement(config, tables, hot_set)
-    described = describe_placement(config, profile, hot_set, placement)
-    each = "on each rank" if config.placement.hot_tier == "replicated" else "over all ranks"
-    lines = [
-        f"{path}: placement {placement.fingerprint}",
-        f"{bytes_text(placement.hot_bytes)} of {bytes_text(tables.total_bytes)} are hot, "
-        f"the budget is {bytes_text(placement.budget_bytes)} {each}",
-        f"hot inputs {percent_text(placement.hot_inputs)} % of samples ({' to '.join(map(percent_text, placement.hot_inputs_interval))} %)",
-        f"coverage {percent_text(placement.coverage)} % of the counted accesses",
-        *(
-            f"  {row['table']:<24} {row['kind']:<6} {row['hot_rows']:>12,} of {row['rows']:>12,} rows  {bytes_text(row['bytes_hot']):>10}"
-            for row in described["per_table"]
-        ),
-    ]
-    if hot_set is not None and hot_set.resolution_reached:
-        lines.append(
-            "the sample does not tell the rows at the budget's boundary apart (seen once or never); profile.sample_rate of about "
-            f"{hot_set.resolving_rate:.2g} would"
-        )
-    _print(arguments, lines, json.dumps({**described, "path": str(path)}, indent=1))
-    return 0
-
-
-def _train(arguments: argparse.Namespace, config: Any) -> int:
-    from functools import partial
-
-    from fae_torchrec.distributed.local_ranks import from_first_rank, launched_group, run_on_local_ranks
-    from fae_torchrec.experiment import prepare, run_placement
-    from fae_torchrec.training.report import write_json
-
-    if arguments.ranks < 1:
-        raise ConfigError(f"--ranks: received {arguments.ranks}; give at least 1")
-    show, checkpoints = not arguments.quiet, (arguments.load, arguments.save)
-    device = config.train.device
-    with launched_group(device) as group:
-        if group is None:
-            placement = prepare(config, arguments.placement, arguments.ranks, *checkpoints, show_progress=show)
-            job = (config, arguments.placement, placement, show, *checkpoints)
-            result = run_on_local_ranks(run_placement, arguments.ranks, *job, device_type=device)[0]
-        else:  # torchrun: every rank runs this command
-            make = partial(prepare, config, arguments.placement, group.size(), *checkpoints, show_progress=show)
-            placement = from_first_rank(make, group)
-            result = run_placement(group.rank(), config, arguments.placement, placement, show, *checkpoints)
-            if group.rank():
-                return 0
-    path = write_json(result, Path(config.output, "train.json"))
-    loaded = result.get("loaded")
-    lines = [f"{loaded['path']}: {_scores_text(loaded)}"] if loaded else []
-    lines.append(f"{result['placement']} on {result['ranks']} rank(s): {result['samples_per_s']:,.0f} samples/s, {_scores_text(result)}")
-    lines += [str(path), *([arguments.save] if arguments.save else [])]
-    _print(arguments, lines, path.read_text(encoding="utf-8"))
-    return 0
-
-
-def _compare(arguments: argparse.Namespace, config: Any, command: list[str]) -> int:
-    from fae_torchrec.compare import compare
-    from fae_torchrec.training.report import write_report
-    from fae_torchrec.training.report_table import text_table
-
-    if arguments.ranks:
-        if min(arguments.ranks) < 1 or len(set(arguments.ranks)) < len(arguments.ranks):
-            raise ConfigError(f"--ranks: received {arguments.ranks}; give numbers of at least 1, none twice")
-        config = replace(config, compare=replace(config.compare, ranks=tuple(arguments.ranks)))
-    report = compare(config, command, show_progress=not arguments.quiet)
-    paths = write_report(report, config.output)
-    _print(arguments, [text_table(report), "", *(str(path) for path in paths)], paths[0].read_text(encoding="utf-8"))
-    return 0
-
-
-def _print(arguments: argparse.Namespace, lines: Sequence[str], as_json: str) -> None:
-    print(as_json.rstrip() if arguments.json else "\n".join(lines))
-
-
-def _scores_text(scores: Any) -> str:
-    return f"test AUC {scores['test_auc']:.4f}, logloss {scores['test_logloss']:.4f}"
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]  # JSON is YAML, whatever a path has in it
 
 
 if __name__ == "__main__":

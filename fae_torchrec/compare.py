@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from fae_torchrec.config import RunConfig
+from fae_torchrec.config import CheckpointConfig, RunConfig
 from fae_torchrec.core.candidates import pinned_tables
 from fae_torchrec.core.hot_set import HotSet, hot_inputs_curve
 from fae_torchrec.core.placement import RowPlacement
@@ -65,9 +67,16 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
         for name in config.compare.placements:
             if show_progress:
                 print(f"{name} on {ranks} rank{'s' if ranks > 1 else ''}", file=sys.stderr)
-            results = run_on_local_ranks(run_placement, ranks, config, name, placement, show_progress, device_type=config.train.device)
+            of_run = _of_run(config, f"{name}_{ranks}")
+            results = run_on_local_ranks(run_placement, ranks, of_run, name, placement, show_progress, device_type=config.train.device)
             report["runs"].append(results[0])
     return report
+
+
+def _of_run(config: RunConfig, run: str) -> RunConfig:
+    """The config of one of the runs: no checkpoints, which are for one run, and a folder of its own for TensorBoard."""
+    tensorboard = config.train.tensorboard and os.path.join(config.train.tensorboard, run)
+    return replace(config, checkpoint=CheckpointConfig(), train=replace(config.train, tensorboard=tensorboard))
 
 
 def describe_data(data: ExperimentData, tables: TableSet) -> dict[str, Any]:

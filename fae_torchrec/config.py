@@ -17,8 +17,9 @@ from fae_torchrec.schema import merge, read_mapping, read_override, read_section
 
 _NUMBER = r"([0-9]*\.?[0-9]+)"
 _UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
-_PATHS = (*DATA_PATHS, "profile.path", "placement.path")
-"""Keys whose relative paths are relative to the config file (`output` is relative to the current folder)."""
+_PATHS = (*DATA_PATHS, "profile.path", "placement.path", "loader.store")
+"""Keys whose relative paths are relative to the config file. What a run writes (`output`, `checkpoint.folder`, `train.tensorboard`) is
+relative to the current folder."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,92 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """When the schedule stops reordering: a test metric falls behind its best value by more than `band`."""
+
+    metric: Literal["auc", "logloss", "accuracy"] = "auc"
+    band: float = within(0.01, 0, above=True)
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
-    """In which order hot and cold batches come (FAE's Shuffle Scheduler); `window_batches` null segregates an epoch at a time."""
+    """In which order hot and cold batches come (FAE's Shuffle Scheduler).
+
+    Attributes:
+        policy: "fae" adapts the rate to the test loss, "fixed" does not, "proportional" interleaves as finely as the data allow, "stock"
+            leaves the order of the data.
+        rate: per cent of an epoch's batches of a kind that one phase takes.
+        patience: falls of the test loss in a row after which the rate doubles.
+        guard: falls back to "proportional" for the rest of the run; null never does.
+    """
 
     policy: Literal["fae", "fixed", "proportional", "stock"] = "fae"
     rate: float = within(50.0, 1, 100)
+    patience: int = within(4, 1)
+    guard: GuardConfig | None = None
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Where the hot and the cold batches come from, and what makes them ready.
+
+    Attributes:
+        store: folder that `fae segregate` wrote: batches are read from it, already segregated; null segregates the data while training.
+            Placements without segregation ("stock", "fae-unsegregated") read the data themselves.
+        window_batches: batches that are segregated at a time; null: as many as the buffer holds, at best the whole epoch.
+        buffer: bytes of samples that a rank holds to segregate them.
+        workers: processes of each rank that read and parse the data; 0: the rank itself. `fae segregate` takes as many.
+        prefetch: batches of each kind made ready ahead by threads; 0: none, everything happens when it is asked for.
+        pin_memory: with train.device cuda, batches are copied to pinned memory.
+        drop_last: leaves out the samples that make no full batch at the end of an epoch.
+        shuffle: each epoch of a store takes its batches in another order.
+        seed: of `shuffle`.
+    """
+
+    store: str | None = None
     window_batches: int | None = within(None, 1)
+    buffer: int | str = "1GiB"
+    workers: int = within(0, 0)
+    prefetch: int = within(2, 0)
+    pin_memory: bool = True
+    drop_last: bool = False
+    shuffle: bool = False
+    seed: int = within(0, 0)
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.buffer, "loader.buffer")
+        if self.shuffle and self.store is None:
+            raise ConfigError(
+                "loader.shuffle: received true without loader.store; samples that are segregated while training keep the order of the "
+                "data: name a store in loader.store, or leave it out"
+            )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The buffer in bytes."""
+        return parse_bytes(self.buffer, "loader.buffer")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop; `batch_size` is per rank, `steps` (null: whole epochs) ends a run early."""
+    """The training loop.
+
+    Attributes:
+        batch_size: samples per rank and step.
+        epochs: passes over the train data.
+        learning_rate: of the embeddings.
+        dense_learning_rate: of all other weights.
+        optimizer: of the embeddings.
+        seed: of the start weights.
+        device: where to train.
+        eval_batch_size: samples per rank and test batch.
+        swap_eval_batches: test batches looked at after each phase, for the schedule; 0 tells it nothing.
+        steps: ends the run after so many steps; null trains whole epochs.
+        nan_check_steps: looks for a loss that is no finite number every so many steps; 0 never.
+        lookahead: batches that the pipeline takes ahead; more than 2 bring the cold rows of the coming steps early.
+        log_every: steps between two lines of the progress bar and of TensorBoard.
+        tensorboard: folder for TensorBoard's events; null writes none. `fae compare` makes a folder in it for each run.
+    """
 
     batch_size: int = within(1024, 1)
     epochs: int = within(1, 1)
@@ -135,6 +211,27 @@ class TrainConfig:
     eval_batch_size: int = within(4096, 1)
     swap_eval_batches: int = within(4, 0)
     steps: int | None = within(None, 1)
+    nan_check_steps: int = within(100, 0)
+    lookahead: int = within(2, 2)
+    log_every: int = within(50, 1)
+    tensorboard: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of `fae train`, which goes on from the newest of the folder (`fae compare` keeps none).
+
+    Attributes:
+        folder: of one run; null keeps no checkpoints.
+        every_steps: steps between two.
+        keep: how many of the newest stay.
+        sample_audit: also writes which samples every step trained on.
+    """
+
+    folder: str | None = None
+    every_steps: int = within(1000, 1)
+    keep: int = within(3, 1)
+    sample_audit: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,9 +258,23 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     output: str = "runs/fae"
+
+    def __post_init__(self) -> None:
+        if self.loader.store is not None and self.schedule.policy == "stock":
+            raise ConfigError(
+                f"loader.store: received {self.loader.store!r} with schedule.policy 'stock'; a store does not have the order of the data: "
+                "take the policy 'proportional', the least reordering, or leave loader.store out"
+            )
+        if self.schedule.guard is not None and self.schedule.policy in ("fae", "fixed") and not self.train.swap_eval_batches:
+            raise ConfigError(
+                "train.swap_eval_batches: received 0 with a schedule.guard, which would never hear of a test metric; give at least 1, or "
+                "leave schedule.guard out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The run as plain values that JSON can write; `from_dict` reads them back to an equal RunConfig."""
@@ -176,6 +287,9 @@ class RunConfig:
         Raises:
             ConfigError: an unknown or missing key, a wrong type, a value outside its range; the message has the dotted key.
         """
+        schedule = values.get("schedule")
+        if isinstance(schedule, Mapping) and "window_batches" in schedule:
+            raise ConfigError("unknown key 'schedule.window_batches'; it is now 'loader.window_batches'")
         return read_section(cls, values)
 
 
@@ -183,7 +297,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads a run's description.
 
     Args:
-        path: a YAML file, or JSON if it ends in .json. Relative paths in it are relative to its folder, except `output`.
+        path: a YAML file, or JSON if it ends in .json. Relative paths in it are relative to its folder, but for what is written: `output`,
+            `checkpoint.folder` and `train.tensorboard` are relative to the current folder.
         overrides: "dotted.key=value" with a YAML value, such as "train.epochs=2"; relative paths here are relative to the current folder.
 
     Returns:

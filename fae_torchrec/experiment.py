@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,31 @@ from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.core.hot_set import HotSet, select_hot_set
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
-from fae_torchrec.core.schedule import ShuffleSchedule
+from fae_torchrec.core.schedule import Guard, ShuffleSchedule
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.segregate import check_ids
+from fae_torchrec.data.stream_windows import Agree
+from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.process_group import gather_counts
 from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.experiment_data import ExperimentData, open_data
 from fae_torchrec.experiment_profile import make_profile, output_folder
+from fae_torchrec.experiment_store import open_store
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import audit
 from fae_torchrec.training.checkpoint import load_checkpoint, save_checkpoint
+from fae_torchrec.training.checkpoint_folder import CheckpointFolder
 from fae_torchrec.training.dlrm import build_dlrm
 from fae_torchrec.training.metrics import check_labels, evaluate
+from fae_torchrec.training.run_checkpoints import CheckpointOptions
 from fae_torchrec.training.run_entry import planned_fast_memory, run_entry
 from fae_torchrec.training.shard import build_optimizer, fae_planner, shard_model
 from fae_torchrec.training.trainer import Trainer, TrainOptions
 
 _PROFILE_BATCH = 8192
+_MAY_CHANGE = ("epochs", "steps", "nan_check_steps", "lookahead", "log_every", "tensorboard")
+"""Keys of `train` that may be others when a run is resumed."""
 
 
 def experiment_tables(config: RunConfig, data: ExperimentData) -> TableSet:
@@ -88,8 +97,19 @@ def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) 
     return placement, path
 
 
+def place_rows(config: RunConfig, data: ExperimentData, *, show_progress: bool = False) -> RowPlacement:
+    """The placement that the config names, or the one that its popularity profile gives, which is measured if need be.
+
+    Raises:
+        FAEError: bad input.
+    """
+    tables = placed_tables(config, data)
+    hot_set = None if config.placement.path else make_hot_set(config, make_profile(config, data, tables, show_progress=show_progress))
+    return make_placement(config, tables, hot_set)[0]
+
+
 def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, names: Iterable[str], ranks: int) -> None:
-    """Finds before any training what would end it later: too few devices or samples, a plan that cannot be, wrong test data.
+    """Finds before any training what would end it later: too few devices or samples, a plan that cannot be, a wrong store or test data.
 
     Args:
         config: the experiment.
@@ -99,10 +119,14 @@ def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, 
         ranks: the largest number of ranks.
 
     Raises:
-        ConfigError: there is no such device, or fewer than ranks.
-        DataError: fewer samples than ranks, an id out of range or a label that is not 0 or 1 in the test data.
+        ConfigError: there is no such device, or fewer than ranks, or no store where the config names one.
+        DataError: fewer samples than ranks, an id out of range or a label that is not 0 or 1 in the test data, or a store is not whole.
+        FingerprintError: the store is of another placement or of other data.
         PlannerError: a table cannot be placed so.
     """
+    names = set(names)
+    if "fae" in names:
+        open_store(config, data, placement)
     device, local_ranks = config.train.device, get_local_size(ranks)
     if device == "cuda" and torch.cuda.device_count() < local_ranks:
         raise ConfigError(
@@ -142,9 +166,7 @@ def prepare(
     """
     _check_folders(load, save)
     data = open_data(config)
-    tables = placed_tables(config, data)
-    hot_set = None if config.placement.path else make_hot_set(config, make_profile(config, data, tables, show_progress=show_progress))
-    placement, _ = make_placement(config, tables, hot_set)
+    placement = place_rows(config, data, show_progress=show_progress)
     check_run(config, data, placement, [name], ranks)
     return placement
 
@@ -160,17 +182,18 @@ def run_placement(
         name: "stock", "fae" or "fae-unsegregated".
         placement: the rows' tiers; "stock" does not look at it.
         show_progress: a progress bar on rank 0.
-        load: folder of a checkpoint to start from, saved under any placement and number of ranks.
+        load: folder of a checkpoint to start from, saved under any placement and number of ranks; not looked at if the run is resumed.
         save: folder for a checkpoint of the trained model.
 
     Returns:
         One entry of the report's `runs`, the same on every rank but for its clock; with `load`, its "loaded" has the scores before
-        training.
+        training; its "resumed_from" is the checkpoint in `checkpoint.folder` that the run went on from, if there was one.
 
     Raises:
-        ConfigError: there is no checkpoint to load, or one where to save.
+        ConfigError: there is no checkpoint to load, or one where to save, or those in `checkpoint.folder` are of another run.
         DataError: the checkpoint is damaged.
         StateError: it is of another model or optimizer.
+        FAEError: whatever ends the training, see Trainer.run.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -189,36 +212,100 @@ def run_placement(
         stock_tables=config.placement.stock_tables,
     )
     optimizer = build_optimizer(model, config.train.dense_learning_rate)
-    loaded = None
-    if load is not None:
+    resumed = from_first_rank(lambda: _newest_checkpoint(config), group)
+    more: dict[str, Any] = {} if resumed is None else {"resumed_from": resumed}
+    if load is not None and resumed is None:
         load_checkpoint(load, model, optimizer)
-        loaded = {"path": load, **_scores(config, data, model, device, group)}
-    schedule = ShuffleSchedule(config.schedule.policy if name == "fae" else "stock", config.schedule.rate)
-
-    def loader(num_batches: int | None) -> HotColdDataLoader:
-        return HotColdDataLoader(
-            lambda: islice(data.train.batches(config.train.batch_size, rank=rank, world_size=group.size()), num_batches),
+        more["loaded"] = {"path": load, **_scores(config, data, model, device, group)}
+    with _agreement(group) as agree:
+        loader = _train_loader(config, name, data, placement, group, agree)
+        run = _identity(config, name, data, hot_rows)
+        trainer = Trainer(model, optimizer, loader, data.test, _train_options(config), device, group, show_progress=show_progress, run=run)
+        result = trainer.run()
+        if save is not None:  # before the audit, which trains on
+            save_checkpoint(save, model, optimizer, extra={"placement": name, "config": config.to_dict()})
+        audited = HotColdDataLoader(
+            lambda: islice(data.train.batches(config.train.batch_size, rank=rank, world_size=group.size()), config.compare.count_batches),
             placement,
-            schedule=schedule if num_batches is None else ShuffleSchedule("fixed" if schedule.segregates else "stock"),
             batch_size=config.train.batch_size,
-            window_batches=config.schedule.window_batches,
-            agree=gather_counts(group, device),
+            schedule=ShuffleSchedule("fixed" if loader.schedule.segregates else "stock"),
+            rank=rank,
+            world_size=group.size(),
+            agree=agree,
+            prefetch=0,  # nothing beside what is timed
         )
-
-    options = TrainOptions(
-        epochs=config.train.epochs,
-        steps=config.train.steps,
-        eval_batch_size=config.train.eval_batch_size,
-        swap_eval_batches=config.train.swap_eval_batches,
-        check_replicas=config.placement.check_replicas,
-    )
-    result = Trainer(model, optimizer, loader(None), data.test, options, device, group, show_progress=show_progress).run()
-    if save is not None:  # before the audit, which trains on
-        save_checkpoint(save, model, optimizer, extra={"placement": name, "config": config.to_dict()})
-    kinds = audit(model, optimizer, loader(config.compare.count_batches), tables, hot_rows, device, group)
+        kinds = audit(model, optimizer, audited, tables, hot_rows, device, group)
     fast_memory = planned_fast_memory(model.plan, tables, device.type, group.size())
-    entry = run_entry(name, group.size(), fast_memory, result, kinds)
-    return entry if loaded is None else {**entry, "loaded": loaded}
+    return {**run_entry(name, group.size(), fast_memory, result, kinds), **more}
+
+
+@contextmanager
+def _agreement(group: dist.ProcessGroup) -> Iterator[Agree]:
+    """What loaders take as `agree`: over a process group of its own on the CPU, for it is a thread that asks."""
+    own = dist.new_group(backend="gloo")
+    yield gather_counts(own)
+    dist.destroy_process_group(own)  # not after an error, when the thread may still be in it
+
+
+def _train_loader(
+    config: RunConfig, name: str, data: ExperimentData, placement: RowPlacement, group: dist.ProcessGroup, agree: Agree
+) -> HotColdDataLoader:
+    """The train batches: "fae" takes the store, if there is one, and segregates; the others take the order of the data."""
+    options, schedule = config.loader, config.schedule
+    store = open_store(config, data, placement) if name == "fae" else None
+    guard = None if schedule.guard is None else Guard(**asdict(schedule.guard))
+    return HotColdDataLoader(
+        data.train if store is None else store,
+        placement,
+        batch_size=config.train.batch_size,
+        schedule=ShuffleSchedule(schedule.policy if name == "fae" else "stock", schedule.rate, schedule.patience, guard),
+        rank=group.rank(),
+        world_size=group.size(),
+        agree=agree,
+        window_batches=options.window_batches,
+        buffer_bytes=options.buffer_bytes,
+        drop_last=options.drop_last,
+        pin_memory=options.pin_memory and config.train.device == "cuda",
+        num_workers=options.workers,
+        prefetch=options.prefetch,
+        shuffle=options.shuffle and store is not None,
+        seed=options.seed,
+    )
+
+
+def _train_options(config: RunConfig) -> TrainOptions:
+    train, checkpoint = config.train, config.checkpoint
+    return TrainOptions(
+        epochs=train.epochs,
+        steps=train.steps,
+        eval_batch_size=train.eval_batch_size,
+        swap_eval_batches=train.swap_eval_batches,
+        check_replicas=config.placement.check_replicas,
+        nan_check_steps=train.nan_check_steps,
+        lookahead=train.lookahead,
+        log_every=train.log_every,
+        tensorboard=train.tensorboard,
+        checkpoint=None if checkpoint.folder is None else CheckpointOptions(**asdict(checkpoint)),
+    )
+
+
+def _identity(config: RunConfig, name: str, data: ExperimentData, placement: RowPlacement | None) -> dict[str, Any]:
+    """What must be equal when a run is resumed; the loader says by itself what must be equal for its order."""
+    values = config.to_dict()
+    return {
+        "placement": name,
+        "placement_fingerprint": None if placement is None else placement.fingerprint,
+        "data": data.name,
+        "model": values["model"],
+        "schedule": values["schedule"],
+        "train": {key: value for key, value in values["train"].items() if key not in _MAY_CHANGE},
+    }
+
+
+def _newest_checkpoint(config: RunConfig) -> str | None:
+    """Of the folder that the run keeps its checkpoints in."""
+    newest = None if config.checkpoint.folder is None else CheckpointFolder(config.checkpoint.folder).latest()
+    return None if newest is None else str(newest)
 
 
 def _check_folders(load: str | None, save: str | None) -> None:

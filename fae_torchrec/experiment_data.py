@@ -117,7 +117,8 @@ def _raw(data: DataConfig) -> ExperimentData:
     coding = _coding(data, features)
     train, test = _splits(data, partial(open_split, coding))
     described = ", ".join(f"{key} {value}" for key, value in coding.describe().items() if key != "rows")
-    return ExperimentData(f"{train.name}, coding {described}", train, test, {feature: coding.rows[feature] for feature in features})
+    train.name = f"{train.name}, coding {described}"  # it decides the ids: profiles, stores and checkpoints must tell it apart
+    return ExperimentData(train.name, train, test, {feature: coding.rows[feature] for feature in features})
 
 
 def _splits(data: DataConfig, open_split: Callable[[str], ShardedSource]) -> tuple[ShardedSource, ShardedSource]:

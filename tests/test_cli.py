@@ -21,7 +21,7 @@ from fae_torchrec.core.popularity import PopularityProfile
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_experiment, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("vocabulary", "profile", "place", "report", "train", "compare", "doctor")
+COMMANDS = ("vocabulary", "profile", "place", "report", "segregate", "train", "compare", "doctor")
 
 
 @pytest.fixture()
@@ -58,7 +58,11 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = COMMANDS if not command else ("--json",) if command == "doctor" else of_config
     assert [word for word in wanted if word not in out] == []
     assert ("--ranks N" in out) == (command in ("train", "compare"))
-    assert ("--workers N" in out) == ("--torchrec-stats" in out) == (command == "profile")
+    assert ("--torchrec-stats" in out) == (command == "profile")
+    assert ("--workers N" in out) == (command in ("profile", "segregate"))
+    assert ("--store DIR" in out) == (command in ("segregate", "train", "compare"))
+    of_train = ("--load DIR", "--save DIR", "--checkpoint DIR", "--checkpoint-every N", "--keep N", "--tensorboard DIR")
+    assert all((option in out) == (command == "train") for option in of_train)
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -176,7 +180,7 @@ def test_json_of_a_diverged_run_parses(
     from fae_torchrec.distributed import local_ranks
 
     diverged = {"test_auc": 0.0, "test_logloss": float("nan"), "train_loss": float("inf")}
-    entry = {"placement": "fae", "ranks": 1, "samples_per_s": 1.0, **diverged}
+    entry = {"placement": "fae", "ranks": 1, "samples_per_s": 1.0, "hot_batches": 0.5, "breakdown": {}, **diverged}
     monkeypatch.setattr(local_ranks, "run_on_local_ranks", lambda *args, **more: [entry])
     printed = run_json(capfd, "train", "--config", str(config))
     assert printed["test_logloss"] is None and printed["train_loss"] is None
@@ -321,7 +325,7 @@ def test_compare_under_torchrun_is_refused(config: Path, capfd: pytest.CaptureFi
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["compare", "--config", str(config)]) == 2
     assert "starts its own ranks" in capfd.readouterr().err
-    for command in ("vocabulary", "place", "report"):
+    for command in ("vocabulary", "place", "report", "segregate"):
         assert cli.main([command, "--config", str(config)]) == 2
         assert f"fae {command} is the work of one process" in capfd.readouterr().err
 

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fae_torchrec.config import CompareConfig, PlacementConfig, RunConfig, load_config, parse_bytes
+from fae_torchrec.config import (
+    CheckpointConfig,
+    CompareConfig,
+    GuardConfig,
+    LoaderConfig,
+    PlacementConfig,
+    RunConfig,
+    load_config,
+    parse_bytes,
+)
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.data_config import SyntheticConfig
@@ -39,7 +48,12 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     assert config.data.parquet is None
     assert (config.train.epochs, config.train.learning_rate, config.train.optimizer) == (3, 0.001, Optimizer.ADAM)
     assert config.compare == CompareConfig(placements=("fae", "stock"), ranks=(2,), count_batches=16)
-    assert (config.train.batch_size, config.train.steps, config.schedule.window_batches) == (1024, None, None)
+    assert (config.train.batch_size, config.train.steps, config.train.tensorboard) == (1024, None, None)
+    assert (config.train.nan_check_steps, config.train.lookahead, config.train.log_every) == (100, 2, 50)
+    assert (config.schedule.policy, config.schedule.rate, config.schedule.patience, config.schedule.guard) == ("fae", 50, 4, None)
+    assert config.loader == LoaderConfig(store=None, window_batches=None, workers=0, prefetch=2, drop_last=False, shuffle=False, seed=0)
+    assert config.loader.pin_memory and config.loader.buffer_bytes == 2**30
+    assert config.checkpoint == CheckpointConfig(folder=None, every_steps=1000, keep=3, sample_audit=False)
     assert (config.profile.sample_rate, config.profile.seed, config.placement.pinned_max_rows) == (0.05, 7, 1024)
     assert (config.profile.keep_inputs, config.profile.fresh_inputs, config.profile.workers) == (131_072, 65_536, 1)
     assert (config.placement.policy, config.placement.sizes) == ("input_aware", "exact")
@@ -69,6 +83,30 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         (SYNTHETIC + "profile: {sample_rate: 1.5}\n", ["profile.sample_rate", "1.5", "more than 0", "at most 1"]),
         (SYNTHETIC + "schedule: {rate: 0.5}\n", ["schedule.rate", "0.5", "at least 1", "at most 100"]),
         (SYNTHETIC + "schedule: {policy: random}\n", ["schedule.policy", "'random'", "'proportional'"]),
+        (SYNTHETIC + "schedule: {patience: 0}\n", ["schedule.patience", "0", "at least 1"]),
+        (SYNTHETIC + "schedule: {guard: {metric: loss}}\n", ["schedule.guard.metric", "'loss'", "'auc', 'logloss', 'accuracy'"]),
+        (SYNTHETIC + "schedule: {guard: {band: 0}}\n", ["schedule.guard.band", "0", "more than 0"]),
+        (SYNTHETIC + "schedule: {guard: auc}\n", ["schedule.guard", "'auc'", "a mapping", "'metric'", "'band'"]),
+        (SYNTHETIC + "schedule: {guard: {}}\ntrain: {swap_eval_batches: 0}\n", ["train.swap_eval_batches", "0", "schedule.guard"]),
+        (SYNTHETIC + "schedule: {window_batches: 5}\n", ["unknown key 'schedule.window_batches'", "'loader.window_batches'"]),
+        (SYNTHETIC + "loader: {window_batches: 0}\n", ["loader.window_batches", "0", "at least 1"]),
+        (SYNTHETIC + "loader: {buffer: 1GB}\n", ["loader.buffer", "'1GB'", "GiB"]),
+        (SYNTHETIC + "loader: {workers: -1}\n", ["loader.workers", "-1", "at least 0"]),
+        (SYNTHETIC + "loader: {prefetch: -1}\n", ["loader.prefetch", "-1", "at least 0"]),
+        (SYNTHETIC + "loader: {pin_memory: 1}\n", ["loader.pin_memory", "1", "true or false"]),
+        (SYNTHETIC + "loader: {drop_last: 'yes'}\n", ["loader.drop_last", "'yes'", "true or false"]),
+        (SYNTHETIC + "loader: {shuffle: true}\n", ["loader.shuffle", "true", "loader.store"]),
+        (SYNTHETIC + "loader: {store: s, seed: -1}\n", ["loader.seed", "-1", "at least 0"]),
+        (SYNTHETIC + "loader: {store: 3}\n", ["loader.store", "3", "text"]),
+        (SYNTHETIC + "loader: {store: s}\nschedule: {policy: stock}\n", ["loader.store", "'stock'", "'proportional'"]),
+        (SYNTHETIC + "train: {nan_check_steps: -1}\n", ["train.nan_check_steps", "-1", "at least 0"]),
+        (SYNTHETIC + "train: {lookahead: 1}\n", ["train.lookahead", "1", "at least 2"]),
+        (SYNTHETIC + "train: {log_every: 0}\n", ["train.log_every", "0", "at least 1"]),
+        (SYNTHETIC + "train: {tensorboard: true}\n", ["train.tensorboard", "True", "text"]),
+        (SYNTHETIC + "checkpoint: {folder: 1}\n", ["checkpoint.folder", "1", "text"]),
+        (SYNTHETIC + "checkpoint: {every_steps: 0}\n", ["checkpoint.every_steps", "0", "at least 1"]),
+        (SYNTHETIC + "checkpoint: {keep: 0}\n", ["checkpoint.keep", "0", "at least 1"]),
+        (SYNTHETIC + "checkpoint: {sample_audit: 1}\n", ["checkpoint.sample_audit", "1", "true or false"]),
         (SYNTHETIC + "compare: {placements: [stock, fea]}\n", ["compare.placements[1]", "'fea'", "did you mean 'fae'"]),
         (SYNTHETIC + "compare: {placements: stock}\n", ["compare.placements", "a list, such as [stock]"]),
         (SYNTHETIC + "compare: {ranks: [1, 1]}\n", ["compare.ranks", "[1, 1]", "none twice"]),
@@ -107,6 +145,15 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None
     assert "\n" not in told or "YAML" in told
 
 
+def test_guard_and_buffer(tmp_path: Path) -> None:
+    text = SYNTHETIC + "schedule: {guard: {metric: logloss, band: 1e-2}}\nloader: {buffer: 1.5MiB, store: s, shuffle: true}\n"
+    config = load_config(write(tmp_path, text))
+    assert config.schedule.guard == GuardConfig("logloss", 0.01) and config.loader.buffer_bytes == 1_572_864 and config.loader.shuffle
+    unheard = ["schedule.policy=proportional", "train.swap_eval_batches=0"]
+    assert load_config(tmp_path / "run.yaml", unheard).schedule.guard, "which has nothing to fall back from"
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such file"):
         load_config(tmp_path / "absent.yaml")
@@ -128,7 +175,8 @@ PARQUET = "data: {parquet: {train: a.parquet, test: %s, dense: [x], sparse: [u, 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf").mkdir()
     write(tmp_path / "conf", '{"u": 3, "v": 4, "other": 5}', "rows.json")
-    write(tmp_path / "conf", PARQUET % ("/abs/b.parquet", "rows.json") + "profile: {path: 's3://bucket/p.npz'}\noutput: out\n")
+    more = "profile: {path: 's3://bucket/p.npz'}\noutput: out\nloader: {store: s}\ntrain: {tensorboard: tb}\ncheckpoint: {folder: ck}\n"
+    write(tmp_path / "conf", PARQUET % ("/abs/b.parquet", "rows.json") + more)
     monkeypatch.chdir(tmp_path)
     config = load_config("conf/run.yaml", ["placement.path=here.npz"])
     assert config.data.parquet is not None
@@ -136,7 +184,9 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert config.data.parquet.cardinalities == {"u": 3, "v": 4, "other": 5}
     assert config.profile.path == "s3://bucket/p.npz"
     assert config.placement.path == str(tmp_path / "here.npz")  # an override's path is relative to the current folder
-    assert config.output == "out"
+    assert (config.output, config.train.tensorboard, config.checkpoint.folder) == ("out", "tb", "ck"), "what is written"
+    assert config.loader.store == "conf/s"
+    assert load_config("conf/run.yaml", ["loader.store=s"]).loader.store == str(tmp_path / "s")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -25,6 +27,26 @@ def test_example_config_loads(path: Path) -> None:
     assert load_config(path).output == f"runs/{path.stem.removesuffix('_npy')}"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_blocks_of_a_config_load(name: str, tmp_path: Path) -> None:
+    """Each YAML block of a page; one that says nothing of data gets some."""
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGES[name], flags=re.DOTALL)
+    assert blocks or name != "training.md"
+    for block in blocks:
+        data = "" if re.search(r"^data:", block, flags=re.MULTILINE) else "data: {synthetic: {dataset: kaggle}}\n"
+        (tmp_path / "page.yaml").write_text(data + block)
+        load_config(tmp_path / "page.yaml")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_imports_what_there_is(name: str) -> None:
+    for block in re.findall(r"```python\n(.*?)```", PAGES[name], flags=re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fae_torchrec"):
+                module = importlib.import_module(node.module or "")
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
 def test_every_source_has_an_example_and_a_section(tmp_path: Path) -> None:
     page = tmp_path / "page.yaml"
     described = set()
@@ -41,7 +63,7 @@ def test_commands_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `fae` line of a page, started by torchrun or not, with its config and overrides."""
     monkeypatch.chdir(ROOT)
     commands = re.findall(r"^\$ .*?(?:bin/fae|fae_torchrec\.cli) (.+)$", PAGES[name], flags=re.MULTILINE)
-    assert commands or name not in ("data.md", "selection.md")
+    assert commands or name not in ("checkpoints.md", "data.md", "selection.md", "training.md")
     for command in commands:
         arguments = _parser().parse_args(shlex.split(command))
         load_config(arguments.config, arguments.set)
@@ -49,12 +71,15 @@ def test_commands_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_linked_files_and_sections_exist(name: str) -> None:
-    titles = re.findall(r"^#+ (.+)$", PAGES[name], flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name]):
         file, _, anchor = target.partition("#")
         assert (ROOT / "docs" / file).exists(), target
-        assert file or anchor in anchors, target
+        assert not anchor or anchor in _anchors(PAGES[file or name]), target
+
+
+def _anchors(page: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
 def test_design_names_every_module_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ from fae_torchrec.experiment import (
     run_placement,
 )
 from fae_torchrec.experiment_data import open_data
+from fae_torchrec.experiment_store import make_store
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, profile_of, write_parquet
 
 OTHER_ROWS = "data.parquet.cardinalities={u: 40, v: 2001, w: 500}"
@@ -166,13 +168,15 @@ RUNS: dict[str, tuple[str, list[str], tuple[int, int]]] = {
     "unsegregated": ("fae-unsegregated", [], (22, 11)),
     "fae": ("fae", [], (22, 11)),
     "two epochs": ("fae", ["train.epochs=2", "train.swap_eval_batches=0"], (44, 22)),
-    "windows": ("fae", ["schedule.window_batches=3"], (22, 11)),
-    "proportional": ("fae", ["schedule.policy=proportional", "schedule.window_batches=5"], (22, 11)),
+    "windows": ("fae", ["loader.window_batches=3"], (22, 11)),
+    "proportional": ("fae", ["schedule.policy=proportional", "loader.window_batches=5"], (22, 11)),
     "fixed": ("fae", ["schedule.policy=fixed", "schedule.rate=10"], (22, 11)),
     "stock policy": ("fae", ["schedule.policy=stock"], (22, 11)),
     "one step": ("fae", ["train.steps=1"], (1, 1)),
-    "few steps": ("fae", ["train.steps=6", "schedule.window_batches=2", "train.optimizer=sgd"], (6, 6)),
+    "few steps": ("fae", ["train.steps=6", "loader.window_batches=2", "train.optimizer=sgd"], (6, 6)),
     "stock, few steps": ("stock", ["train.steps=6", "train.epochs=3"], (6, 6)),
+    "store": ("fae", ["loader.store={folder}/store", "loader.shuffle=true", "loader.prefetch=0"], (22, 11)),
+    "resumed": ("fae", ["checkpoint.folder={folder}/checkpoints", "checkpoint.every_steps=4"], (22, 11)),
     "table-wise": ("fae-unsegregated", ["placement.hot_tier=table_wise"], (22, 11)),
     "left": ("fae-unsegregated", ["placement.stock_tables=[t_w]", "placement.check_replicas=5"], (22, 11)),
 }
@@ -181,8 +185,10 @@ RUNS: dict[str, tuple[str, list[str], tuple[int, int]]] = {
 def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
     entries = {}
     for name, (placed, overrides, _) in RUNS.items():
-        config = new_config(Path(folder), *overrides, "train.batch_size=32")
+        config = new_config(Path(folder), *(override.format(folder=folder) for override in overrides), "train.batch_size=32")
         placement = RowPlacement.load(Path(folder, "left" if name == "left" else "out", "placement.npz"))
+        if name == "resumed":
+            run_placement(rank, replace(config, train=replace(config.train, steps=7)), placed, placement, False)
         entries[name] = run_placement(rank, config, placed, placement, False)
     return entries
 
@@ -190,7 +196,8 @@ def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
 @cache
 def entries(ranks: int) -> list[dict[str, dict[str, Any]]]:
     with TemporaryDirectory() as folder:
-        prepare(new_config(Path(folder)), "fae", ranks)
+        config = new_config(Path(folder), f"loader.store={folder}/store")
+        make_store(config, open_data(config), prepare(new_config(Path(folder)), "fae", ranks))
         prepare(new_config(Path(folder), *RUNS["left"][1], f"output={folder}/left"), "fae", ranks)
         return run_on_local_ranks(_run_all, ranks, folder, timeout_s=240)
 
@@ -212,15 +219,31 @@ def test_runs(name: str, ranks: int) -> None:
         else:  # the leftovers of hot and cold samples may need one more step in an epoch than the samples in stream order
             assert steps <= entry["steps"] <= steps + epochs
         if "train.steps" not in str(RUNS[name][1]):
-            assert entry["samples"] == epochs * (TRAIN_SAMPLES // ranks * ranks)
+            # Ranks that are dealt a source leave out what cannot be dealt; of a store they train everything.
+            assert entry["samples"] == epochs * (TRAIN_SAMPLES if name == "store" else TRAIN_SAMPLES // ranks * ranks)
         assert sum(entry["steps_by_kind"].values()) == entry["steps"]
         assert (entry["fast_memory_bytes"] > 0) == (RUNS[name][0] != "stock")
         segregated = RUNS[name][0] == "fae" and name != "stock policy"
         assert ("hot" in entry["steps_by_kind"]) == (segregated and name != "one step")
         assert 0.3 < entry["test_logloss"] < 1.0
         assert (entry["hot_inputs"] is None) == (RUNS[name][0] == "stock")
-        assert bool(entry["swap_losses"]) == (name in ("fae", "windows", "few steps"))
+        assert bool(entry["swap_losses"]) == (name in ("fae", "windows", "few steps", "store", "resumed"))
         assert (entry["bytes_crossed_per_sample"] > 0) == (ranks > 1)
+    straight, resumed, store = (entries(ranks)[0][run] for run in ("fae", "resumed", "store"))
+    assert resumed["resumed_from"].endswith("step_000000007") and "resumed_from" not in straight
+    for what in (
+        "test_auc",
+        "test_logloss",
+        "test_accuracy",
+        "train_loss",
+        "swap_losses",
+        "steps_by_kind",
+        "samples_by_kind",
+        "loss_curve",
+    ):
+        assert resumed[what] == straight[what], "bit for bit as if it had not been interrupted"
+    assert store["samples_by_kind"]["hot"] == pytest.approx(straight["samples_by_kind"]["hot"], abs=1)
+    assert store["test_logloss"] != straight["test_logloss"], "shuffled"
     per_sample = {run: entries(ranks)[0][run]["cold_rows_per_sample"] for run in ("stock", "unsegregated")}
     assert per_sample["stock"] == pytest.approx(len(ROWS)), "three one-hot lookups, all cold"
     assert 0 < per_sample["unsegregated"] < per_sample["stock"]

@@ -23,7 +23,7 @@ def materialize(component: str, *arguments: str) -> AppDef:
     return app
 
 
-@pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.parametrize("command", ["compare", "report", "segregate"])
 def test_one_process_runs_the_command_line_with_this_interpreter(command: str) -> None:
     overrides = "train.steps=3,compare.placements=[stock, fae],train.epochs=2"
     more = ["--ranks", "1", "2"]
@@ -66,7 +66,17 @@ def test_ranks_run_under_torchrun(command: str, j: str, nodes: int, processes: i
     ]
 
 
-@pytest.mark.parametrize("component", ["compare", "report", "profile", "train"])
+def test_restarts_of_a_training() -> None:
+    (role,) = materialize("train", "--config", "c.yaml", "--max_restarts", "3", "--max_retries", "2", "--", "--checkpoint", "d").roles
+    words = shlex.split(role.args[1])
+    assert words[words.index("--max-restarts") + 1] == "3" and role.max_retries == 2
+    assert words[-4:] == ["--config", "c.yaml", "--checkpoint", "d"]
+    (role,) = materialize("train", "--config", "c.yaml").roles
+    words = shlex.split(role.args[1])
+    assert words[words.index("--max-restarts") + 1] == "0" and role.max_retries == 0, "nothing is restarted unless it is wanted"
+
+
+@pytest.mark.parametrize("component", ["compare", "report", "segregate", "profile", "train"])
 def test_docstrings_are_the_help(component: str) -> None:
     found = get_component(f"{FILE}:{component}")
     assert found.validation_errors == []

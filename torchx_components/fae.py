@@ -77,6 +77,37 @@ def report(
     )
 
 
+def segregate(
+    *args: str,
+    config: str,
+    output: str = "",
+    overrides: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
+    image: str = "",
+    python: str = sys.executable,
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: str = "",
+) -> specs.AppDef:
+    """Writes the train data once as a store of hot and cold samples, for fast epochs.
+
+    One role with one replica, which starts its workers (loader.workers) itself.
+
+    Args:
+        args: more arguments of `fae segregate`, after `--`, such as `-- --workers 8 --store /data/store`
+        config: the run's description, a YAML or JSON file
+        output: folder of the placement, and of the store if loader.store names none (default: what the config says)
+        overrides: config keys to override, such as placement.budget=64MiB,loader.workers=8
+        image: image to run in; for local_cwd the current folder, whatever this says
+        python: interpreter inside the image (default: the one that runs torchx)
+        cpu: CPU cores
+        memMB: memory in MB
+        h: a named resource instead of cpu and memMB
+    """
+    return _one_process(
+        "segregate", _cli_arguments("segregate", config, output, overrides, args), image, python, specs.resource(cpu, 0, memMB, h or None)
+    )
+
+
 def profile(
     *args: str,
     config: str,
@@ -119,11 +150,13 @@ def train(
     gpu: int = 0,
     memMB: int = 8192,
     h: str = "",
+    max_restarts: int = 0,
+    max_retries: int = 0,
 ) -> specs.AppDef:
-    """Trains with hot/cold embeddings on `j` processes, started by torchrun.
+    """Trains with hot/cold embeddings on `j` processes, started by torchrun; with checkpoints, a restarted run goes on from the newest.
 
     Args:
-        args: more arguments of `fae train`, after `--`, such as `-- --placement fae`
+        args: more arguments of `fae train`, after `--`, such as `-- --placement fae --checkpoint runs/demo/checkpoints`
         config: the run's description, a YAML or JSON file
         output: folder of the report (default: what the config says)
         overrides: config keys to override, such as train.steps=20,compare.placements=[stock, fae]
@@ -134,9 +167,12 @@ def train(
         gpu: GPUs of each node
         memMB: memory of each node in MB
         h: a named resource instead of cpu, gpu and memMB
+        max_restarts: times that torchrun starts all ranks again after one has failed
+        max_retries: times that the scheduler starts the job again, where it can
     """
     arguments = _cli_arguments("train", config, output, overrides, args)
-    return _ranks("train", python, ddp(*arguments, m=_CLI, image=image, name="fae-train", cpu=cpu, gpu=gpu, memMB=memMB, h=h or None, j=j))
+    app = ddp(*arguments, m=_CLI, image=image, name="fae-train", cpu=cpu, gpu=gpu, memMB=memMB, h=h or None, j=j, max_retries=max_retries)
+    return _ranks("train", python, app, max_restarts)
 
 
 def _one_process(command: str, arguments: list[str], image: str, python: str, resource: specs.Resource) -> specs.AppDef:
@@ -151,15 +187,15 @@ def _one_process(command: str, arguments: list[str], image: str, python: str, re
     return specs.AppDef(name=f"fae-{command}", roles=[role])
 
 
-def _ranks(command: str, python: str, app: specs.AppDef) -> specs.AppDef:
-    """The ranks that torchx's ddp component starts, by the given interpreter."""
+def _ranks(command: str, python: str, app: specs.AppDef, max_restarts: int = 0) -> specs.AppDef:
+    """The ranks that torchx's ddp component starts, by the given interpreter; restarted by torchrun, which ddp leaves out."""
     for role in app.roles:
         # torchx 0.7 calls `torchrun`, which is on the PATH only where the environment is activated.
         launcher, _, rest = role.args[-1].partition(" ")
         if launcher != "torchrun":
             raise RuntimeError(f"torchx's ddp component runs {launcher!r}, expected 'torchrun'; install torchx 0.7")
         role.name = command
-        role.args[-1] = f"{shlex.quote(python)} -m torch.distributed.run {rest}"
+        role.args[-1] = f"{shlex.quote(python)} -m torch.distributed.run --max-restarts {max_restarts} {rest}"
         role.env["PYTHONUNBUFFERED"] = "1"
     return app
 
