@@ -47,8 +47,9 @@ from fae_torchrec.core.hot_set import select_hot_set
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer, TableSet
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
+from fae_torchrec.data.bundler import Bundler
 from fae_torchrec.data.calibrator import Calibrator
-from fae_torchrec.data.segregate import Bundler, hot_samples, select_samples
+from fae_torchrec.data.segregate import hot_samples, select_samples
 from fae_torchrec.data.synthetic import SyntheticCriteo
 from fae_torchrec.distributed.fast_memory import fast_memory_bytes
 from fae_torchrec.distributed.local_ranks import quiet_host, run_on_local_ranks
@@ -218,7 +219,7 @@ def _batches(rank: int, world_size: int, args: argparse.Namespace, placement: Ro
         for kind, chosen in (("hot", hot), ("cold", ~hot)):
             places = chosen.nonzero().squeeze(1)
             if len(kinds[kind]) < args.batches:
-                queues[kind].add(select_samples(batch, places), places)
+                queues[kind].add(select_samples(batch, places), places.numpy())
                 while len(queues[kind]) >= args.batch_size:
                     kinds[kind].append(queues[kind].pop(args.batch_size)[0])
         if all(len(found) >= args.batches for found in kinds.values()):
