@@ -13,8 +13,8 @@ For each data set the rows are profiled and placed once. Then each seed (of the 
 A difference is a run's test AUC less stock's of the same seed. The schedule holds if the mean difference is within 0.002, or within its
 standard error over the seeds where that is larger. Nothing here is timed.
 
-The loader weighs every sample of an epoch alike, so that the few that are left of a kind at its end make a small step. `--mean-steps` is the
-control: there each step is the mean over its samples, however few.
+The loader weighs every sample of an epoch alike, so that the few that are left of a kind at its end make a small step. `--mean-steps` is
+the control: there each step is the mean over its samples, however few.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default: the process's own.
 
     Returns:
-        The exit code: 0 done, 1 `doctor` found a problem, 2 bad input (one message on standard error, no traceback).
+        The exit code: 0 done, 1 `doctor` found a problem, 2 bad input, 130 interrupted (one message on standard error, no traceback).
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return examine(arguments.json)
         arguments.command_line = ["fae", *(sys.argv[1:] if argv is None else argv)]
         return _run(arguments)
+    except KeyboardInterrupt:
+        print(f"fae {arguments.command}: interrupted", file=sys.stderr)
+        return 130
     except FAEError as error:
         print(f"fae {arguments.command}: {error}", file=sys.stderr)
         return 2

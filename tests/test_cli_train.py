@@ -161,6 +161,15 @@ BAD: dict[str, tuple[str, list[str], str]] = {
 }
 
 
+def test_an_interrupt_is_one_line(config: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fae_torchrec.commands.run_train", interrupt)
+    assert cli.main(["train", "--config", config]) == 130
+    assert capfd.readouterr() == ("", "fae train: interrupted\n")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str, config: str, capfd: pytest.CaptureFixture[str], given: list[RunConfig]) -> None:
     command, arguments, words = BAD[name]

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.errors import DataError
-from fae_torchrec.data.segregate import concat_batches, select_samples
+from fae_torchrec.data.segregate import join_runs
+
+
+class _Piece(NamedTuple):
+    """The samples begin..end-1 of a batch, and what the whole batch is."""
+
+    batch: Batch
+    begin: int
+    end: int
+    numbers: np.ndarray
+    batch_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its share of the batch's bytes; the shares of a batch's pieces add up to them."""
+        return self.batch_bytes * self.end // len(self.numbers) - self.batch_bytes * self.begin // len(self.numbers)
 
 
 class Bundler:
     """Samples in the order of their coming, each with a number.
 
     Attributes:
-        num_bytes: of the waiting samples' tensors, numbers included. A piece that a cut went through is kept whole until it is used up.
+        num_bytes: of the waiting samples' tensors, numbers included; of a batch that is partly gone, in proportion.
     """
 
     def __init__(self) -> None:
-        self._pieces: deque[tuple[Batch, np.ndarray]] = deque()
-        self._begun = 0  # samples of the first piece that were taken
+        self._pieces: deque[_Piece] = deque()
         self._samples = 0
         self.num_bytes = 0
 
@@ -32,12 +47,10 @@ class Bundler:
     def add(self, batch: Batch, numbers: np.ndarray) -> None:
         """Appends the n samples of `batch`, whose numbers are `numbers` (int64 [n])."""
         if len(numbers):
-            self._pieces.append((batch, numbers))
-            self._samples += len(numbers)
-            self.num_bytes += _num_bytes(batch, 0, len(numbers))
+            self._append(_Piece(batch, 0, len(numbers), numbers, _num_bytes(batch) + numbers.nbytes))
 
     def split(self, samples: int) -> Bundler:
-        """Takes the first samples out, uncopied but for those of a piece that a cut goes through.
+        """Takes the first samples out, uncopied.
 
         Args:
             samples: how many, at least 0.
@@ -52,18 +65,15 @@ class Bundler:
             raise DataError(f"cannot take {samples} samples out of {self._samples} waiting; allowed 0..{self._samples}")
         first = Bundler()
         while samples:
-            batch, numbers = self._pieces[0]
-            begin, end = self._begun, min(self._begun + samples, len(numbers))
-            self._samples -= end - begin
-            self.num_bytes -= _num_bytes(batch, begin, end)
-            samples -= end - begin
-            self._begun = end
-            if end == len(numbers):
-                self._pieces.popleft()
-                self._begun = 0
-            if end - begin < len(numbers):
-                batch, numbers = select_samples(batch, torch.arange(begin, end)), numbers[begin:end]
-            first.add(batch, numbers)
+            piece = self._pieces.popleft()
+            self._samples -= piece.end - piece.begin
+            self.num_bytes -= piece.num_bytes
+            cut = min(piece.begin + samples, piece.end)
+            if cut < piece.end:
+                self._append(piece._replace(begin=cut), left=True)
+                piece = piece._replace(end=cut)
+            first._append(piece)
+            samples -= piece.end - piece.begin
         return first
 
     def pop(self, samples: int) -> tuple[Batch, np.ndarray]:
@@ -80,18 +90,17 @@ class Bundler:
         """
         if not samples:
             raise DataError("cannot take 0 samples as a batch; take at least 1")
-        first = self.split(samples)
-        return concat_batches([batch for batch, _ in first._pieces]), np.concatenate([numbers for _, numbers in first._pieces])
+        pieces = self.split(samples)._pieces
+        batch = join_runs([(piece.batch, piece.begin, piece.end) for piece in pieces])
+        return batch, np.concatenate([piece.numbers[piece.begin : piece.end] for piece in pieces])
+
+    def _append(self, piece: _Piece, *, left: bool = False) -> None:
+        (self._pieces.appendleft if left else self._pieces.append)(piece)
+        self._samples += piece.end - piece.begin
+        self.num_bytes += piece.num_bytes
 
 
-def _num_bytes(batch: Batch, begin: int, end: int) -> int:
-    """Of the samples begin..end-1, each with a number."""
+def _num_bytes(batch: Batch) -> int:
     kjt = batch.sparse_features
-    samples, ids = kjt.stride(), int(kjt.values().numel())
-    of_samples = 8 * samples + sum(t.numel() * t.element_size() for t in (batch.dense_features, batch.labels, kjt.lengths()))
-    of_ids = sum(t.numel() * t.element_size() for t in (kjt.values(), kjt.weights_or_none()) if t is not None)
-    if end - begin < samples and ids:
-        bags = np.arange(len(kjt.keys())) * samples
-        offsets = kjt.offsets().numpy()
-        of_ids = of_ids // ids * int((offsets[bags + end] - offsets[bags + begin]).sum())
-    return of_samples // samples * (end - begin) + of_ids
+    tensors: list[torch.Tensor | None] = [batch.dense_features, batch.labels, kjt.values(), kjt.lengths(), kjt.weights_or_none()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

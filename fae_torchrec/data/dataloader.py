@@ -53,23 +53,27 @@ class HotColdDataLoader:
     of `batch_size`. The ranks agree on a window's steps all at once, by one all-gather while the window before is trained on; full
     batches first, samples that make none wait for the next window, and what is left at the end goes out in smaller batches. A rank
     that has no sample for a step gives a filler. So every rank takes a step of the same kind at the same time, and no sample is lost
-    or repeated. Memory: `buffer_bytes`, and one source batch and the batches made ready beyond it.
+    or repeated. Memory: `buffer_bytes`, two source batches and the batches made ready; an epoch that is finished on fewer ranks than it was
+    begun on takes that for each of its streams.
 
     From a store, which `fae segregate` wrote: an epoch is one window, nothing is classified, and nothing but the batches is in memory.
 
     Args:
         source: a BatchSource (the rank's share is read), a SegregatedStore, or this rank's own batches of any sizes: an iterable, or a
-            function that starts a pass. The order of the samples is the source's. Not read before iteration.
+            function that starts a pass. The order of the samples is the source's; for a run that is to be resumed it may depend on `epoch`,
+            but not on how often the source was read before or on torch's random numbers. Not read before iteration.
         placement: which rows are hot; the same on every rank.
         batch_size: samples per batch and rank.
         schedule: the order of the kinds; ShuffleSchedule() by default. With the policy "stock" samples are not classified: the batches are
             "mixed" and in the order of the source.
         rank: this rank.
         world_size: ranks.
-        agree: all-gather over the ranks. With `prefetch` above 0 a thread calls it, so it needs a process group of its own.
+        agree: all-gather over the ranks, once when a pass begins and once for each window. With `prefetch` above 0 a thread calls it, so it
+            needs a process group of its own.
         window_batches: most source batches per window; None: as many as the buffer holds, at best the whole epoch, as in FAE.
         buffer_bytes: bytes of samples held, half of them for the window that is trained on, half for the next.
-        drop_last: whether the samples that make no full batch on every rank at the end of an epoch are left out; else they are trained.
+        drop_last: whether a rank's samples of either kind that make no full batch at the end of an epoch are left out (of a store: those
+            that make no full step); else they are trained. Where the buffer overflows before, smaller batches are trained in any case.
         pin_memory: whether batches are copied to pinned memory (where there is CUDA).
         num_workers: processes that read and parse the source's shards; 0: this one. Only for a ShardedSource.
         prefetch: batches of each kind made ready ahead, by threads; 0 does everything in the caller's thread, when it asks.
@@ -148,11 +152,14 @@ class HotColdDataLoader:
         """What is left of the current epoch, all phases in a row.
 
         Yields:
-            Batches of batch_size samples, the last ones of an epoch smaller. `position` is where the loader stands after the batch.
+            Batches of batch_size samples; smaller ones at the end of an epoch and where ranks differ by more than the buffer holds, others
+            where an epoch is finished on another number of ranks. `position` is where the loader stands after the batch.
 
         Raises:
-            DataError: a source is one-shot and was read already; ids are out of range; a rank's source failed (raised on every rank).
-            HotBatchError: the ranks have other placements, batch sizes, windows or schedules (raised on every rank).
+            ConfigError: `agree` brings other ranks together than `world_size` says; or this pass was ended, by `close` or a newer one.
+            DataError: a source is one-shot and was read already; a batch is malformed or not on the CPU, ids are out of range; a rank's
+                source failed; the data have changed since the state that is resumed (raised on every rank).
+            HotBatchError: the ranks have other data, placements, batch sizes, windows, schedules or states (raised on every rank).
         """
         with closing(self._begin_pass()) as phases:
             for _, batches in phases:
@@ -300,7 +307,8 @@ class HotColdDataLoader:
         """What a checkpoint needs to go on after a batch: plain values that JSON can write, the same on every rank.
 
         Args:
-            position: of the last batch that was trained on (`batch.position`), not of the last one given out: pipelines read ahead.
+            position: of the last batch that was trained on (`batch.position`), not of the last one given out: pipelines read ahead. If
+                it ended a phase, tell the schedule what there is to tell of the phase first: the resumed run will not ask again.
         """
         return {
             "position": [*position[:-1], list(position.cursor)],
@@ -327,6 +335,7 @@ class HotColdDataLoader:
                     f"the loader's state was saved with {name} {saved!r}, this loader has {order.get(name)!r}; resume with what was saved, "
                     "or start the epoch anew"
                 )
+        self.close()
         streams = int(state["streams"])
         if self._streams is not None:
             self._streams.opener(streams, self._world_size)  # raises where it cannot be

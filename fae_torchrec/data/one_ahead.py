@@ -58,6 +58,8 @@ class OneAhead(Iterator[Item], Generic[Item]):
         self._stop()
         self._wanted.release()
         self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._error = StopIteration()  # the traceback of the one before holds what was being made, and its worker processes
 
     def join(self) -> None:
         """Waits for the thread, however long it takes."""

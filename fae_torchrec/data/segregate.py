@@ -23,10 +23,16 @@ def check_ids(kjt: KeyedJaggedTensor, tables: TableSet) -> None:
         tables: the tables whose row counts are the allowed ranges.
 
     Raises:
-        DataError: a feature is missing, the lengths do not add up to the ids, keys differ in stride, or an id is not int64 or out of range.
+        DataError: a feature is missing, the lengths do not add up to the ids, keys differ in stride, or an id is neither int64 nor int32 or
+            is out of range.
     """
     one_hot = one_hot_ids(kjt) is not None
-    _check_ids(kjt.values().numpy(), _feature_spans(kjt, one_hot=one_hot), tables)
+    _check_ids(_wide(kjt.values().numpy()), _feature_spans(kjt, one_hot=one_hot), tables)
+
+
+def _wide(ids: np.ndarray) -> np.ndarray:
+    """int32 ids, as TorchRec's own Criteo loader gives them, as int64; others as they are."""
+    return ids.astype(np.int64) if ids.dtype == np.int32 else ids
 
 
 def _check_ids(values: np.ndarray, spans: Mapping[str, tuple[int, int]], tables: TableSet) -> None:
@@ -56,15 +62,17 @@ def hot_samples(kjt: KeyedJaggedTensor, placement: RowPlacement) -> torch.Tensor
         DataError: as `check_ids`.
     """
     table_of_ids = one_hot_ids(kjt)
-    values, spans = kjt.values().numpy(), _feature_spans(kjt, one_hot=table_of_ids is not None)
+    values, spans = _wide(kjt.values().numpy()), _feature_spans(kjt, one_hot=table_of_ids is not None)
     if table_of_ids is None:
         return torch.from_numpy(_hot_of_bags(kjt, values, spans, placement))
+    table_of_ids = values.reshape(table_of_ids.shape)
+    in_range = False
     # Numpy, not torch: on one thread it gathers several times faster.
     if values.dtype == np.int64 and all(feature in spans for _, feature in placement.tables.lookups):
         # One pass over all ids instead of one for each feature; negative ids are the largest of all unsigned ones.
         largest = dict(zip(spans, table_of_ids.view(np.uint64).max(axis=1, initial=0).tolist(), strict=True))
         in_range = all(largest[feature] < placement.tables[table].rows for table, feature in placement.tables.lookups)
-    if values.dtype != np.int64 or not in_range:
+    if not in_range:
         _check_ids(values, spans, placement.tables)  # names what is wrong
     hot = np.ones(kjt.stride(), dtype=np.bool_)
     rows_of = dict(zip(spans, table_of_ids, strict=True))
@@ -110,7 +118,7 @@ def select_samples(batch: Batch, index: torch.Tensor) -> Batch:
     weights, table_of_ids = kjt.weights_or_none(), one_hot_ids(kjt)
     if table_of_ids is not None:
         values = table_of_ids.take(at, axis=1).reshape(-1)
-        chosen = np.ones(len(keys) * at.size, dtype=kjt.lengths().numpy().dtype)
+        lengths = _one_each(len(keys) * at.size, kjt.lengths().dtype)
         if weights is not None:
             weights = torch.from_numpy(weights.numpy().reshape(table_of_ids.shape).take(at, axis=1).reshape(-1))
     else:
@@ -120,13 +128,14 @@ def select_samples(batch: Batch, index: torch.Tensor) -> Batch:
         place = np.arange(ends[-1] if ends.size else 0) + np.repeat(begins - (ends - chosen), chosen)
         values = kjt.values().numpy().take(place)
         weights = None if weights is None else torch.from_numpy(weights.numpy().take(place))
+        lengths = torch.from_numpy(chosen)
     return Batch(
         dense_features=torch.from_numpy(batch.dense_features.numpy().take(at, axis=0)),
         sparse_features=KeyedJaggedTensor(
             keys=keys,
             values=torch.from_numpy(values),
             weights=weights,
-            lengths=torch.from_numpy(chosen),
+            lengths=lengths,
             stride=at.size,
         ),
         labels=torch.from_numpy(batch.labels.numpy().take(at, axis=0)),
@@ -145,11 +154,27 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     Raises:
         DataError: no batch, other keys, or weights in only some of the batches.
     """
-    if not batches:
+    return join_runs([(batch, 0, batch.sparse_features.stride()) for batch in batches])
+
+
+def join_runs(runs: Sequence[tuple[Batch, int, int]]) -> Batch:
+    """Joins runs of samples of batches one after the other.
+
+    Args:
+        runs: at least one: (batch, its first sample, the one after its last); batches as for `concat_batches`.
+
+    Returns:
+        A plain batch of all these samples in order (for one whole batch: that batch itself, its promise not kept).
+
+    Raises:
+        DataError: as `concat_batches`.
+    """
+    if not runs:
         raise DataError("no batches to join; give at least one")
-    if len(batches) == 1:
-        return plain_batch(batches[0])
-    kjts = [batch.sparse_features for batch in batches]
+    whole = [end - begin == batch.sparse_features.stride() for batch, begin, end in runs]
+    if whole == [True]:
+        return plain_batch(runs[0][0])
+    kjts = [batch.sparse_features for batch, _, _ in runs]
     keys = kjts[0].keys()
     tables_of_ids = [one_hot_ids(kjt) for kjt in kjts]
     for kjt in kjts:
@@ -159,26 +184,31 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         raise DataError(f"{len(given)} of {len(weights)} batches have per-sample weights; give them to all batches or to none")
-    one_hot = [table for table in tables_of_ids if table is not None]
-    if len(one_hot) == len(kjts):
-        values = np.concatenate(one_hot, axis=1).reshape(-1)
-        lengths = np.ones(values.size, dtype=kjts[0].lengths().numpy().dtype)
-        shapes = [(len(keys), kjt.stride()) for kjt in kjts]
-        parts = [weight.numpy().reshape(shape) for weight, shape in zip(given, shapes, strict=False)]
-        joined = torch.from_numpy(np.concatenate(parts, axis=1).reshape(-1)) if given else None
-        ids = torch.from_numpy(values), joined, torch.from_numpy(lengths)
-    else:
+    if any(table is None for table in tables_of_ids):
+        if not all(whole):
+            cut = [select_samples(batch, torch.arange(begin, end)) for batch, begin, end in runs]
+            return concat_batches(cut)
         sizes = [kjt.length_per_key() for kjt in kjts]
-        ids = (
-            _cat_by_key([kjt.values() for kjt in kjts], sizes),
-            _cat_by_key(given, sizes) if given else None,
-            torch.cat([kjt.lengths().view(len(keys), kjt.stride()) for kjt in kjts], dim=1).view(-1),
-        )
+        ids = _cat_by_key([kjt.values() for kjt in kjts], sizes)
+        joined = _cat_by_key(given, sizes) if given else None
+        lengths = torch.cat([kjt.lengths().view(len(keys), kjt.stride()) for kjt in kjts], dim=1).view(-1)
+    else:
+        tables = [kjt.values().numpy().reshape(len(keys), -1) for kjt in kjts]
+        ids = _cat_tables(tables, runs)
+        joined = _cat_tables([weight.numpy().reshape(len(keys), -1) for weight in given], runs) if given else None
+        lengths = _one_each(ids.numel(), kjts[0].lengths().dtype)
     return Batch(
-        dense_features=torch.cat([batch.dense_features for batch in batches]),
-        sparse_features=KeyedJaggedTensor(keys, *ids, stride=sum(kjt.stride() for kjt in kjts)),
-        labels=torch.cat([batch.labels for batch in batches]),
+        dense_features=torch.cat([batch.dense_features[begin:end] for batch, begin, end in runs]),
+        sparse_features=KeyedJaggedTensor(keys, ids, joined, lengths=lengths, stride=sum(end - begin for _, begin, end in runs)),
+        labels=torch.cat([batch.labels[begin:end] for batch, begin, end in runs]),
     )
+
+
+def _cat_tables(tables: Sequence[np.ndarray], runs: Sequence[tuple[Batch, int, int]]) -> torch.Tensor:
+    """Joins the runs' columns of [F, B] tables, flat."""
+    return torch.from_numpy(
+        np.concatenate([table[:, begin:end] for table, (_, begin, end) in zip(tables, runs, strict=True)], axis=1)
+    ).view(-1)
 
 
 def plain_batch(batch: Batch) -> Batch:
@@ -212,7 +242,7 @@ def one_hot_ids(kjt: KeyedJaggedTensor) -> np.ndarray | None:
             "allowed is one bag per key and sample; expand the batch before it is segregated"
         )
     lengths, shape, ids = kjt.lengths().numpy(), (len(kjt.keys()), kjt.stride()), int(kjt.values().numel())
-    if lengths.size == shape[0] * shape[1] == ids and (lengths == 1).all():
+    if lengths.size == shape[0] * shape[1] == ids and (_is_one_each(kjt.lengths()) or (lengths == 1).all()):
         table: np.ndarray = kjt.values().numpy().reshape(shape)
         return table
     covered = int(kjt.offsets()[-1]) if lengths.size else 0
@@ -222,6 +252,24 @@ def one_hot_ids(kjt: KeyedJaggedTensor) -> np.ndarray | None:
             f"and {ids} ids were received; every key needs one length per sample and the lengths must add up to the ids"
         )
     return None
+
+
+_ones = torch.ones(0, dtype=torch.int32)
+
+
+def _one_each(bags: int, dtype: torch.dtype) -> torch.Tensor:
+    """Lengths of bags with one id each: a view of what is made once, as TorchRec's own datasets have it; do not change it in place."""
+    global _ones
+    if dtype != torch.int32:
+        return torch.ones(bags, dtype=dtype)
+    if len(_ones) < bags:
+        _ones = torch.from_numpy(np.ones(bags, dtype=np.int32))
+    return _ones[:bags]
+
+
+def _is_one_each(lengths: torch.Tensor) -> bool:
+    """Whether these lengths came from `_one_each`: looking at each of them takes longer than the rest of the cutting."""
+    return len(lengths) > 0 and lengths.dtype == torch.int32 and lengths.data_ptr() == _ones.data_ptr()
 
 
 def _feature_spans(kjt: KeyedJaggedTensor, *, one_hot: bool) -> dict[str, tuple[int, int]]:

@@ -102,7 +102,7 @@ def _in_order(parts: list[_Shards], num_shards: int, name: str) -> Iterator[tupl
 def _next(stream: Iterator[Batch | Exception | None], name: str) -> Batch | None:
     try:
         chunk = next(stream)
-    except RuntimeError as error:  # torch's word for a worker that is gone
+    except (RuntimeError, EOFError, OSError) as error:  # torch's words for a worker that is gone, also while a tensor is fetched from it
         raise FAEError(
             f"a worker that read {name} ended without a result ({error}): killed, perhaps for lack of memory (also of /dev/shm), or it "
             'could not start; take fewer workers (0 needs no other process), and see that your script has `if __name__ == "__main__":`'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -30,16 +29,6 @@ class StepPlan:
         """Steps that every rank takes."""
         return len(self.sizes)
 
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Samples that each stream has given before each step, int64 [steps, streams]."""
-        starts: np.ndarray = np.cumsum(self.sizes, axis=0) - self.sizes
-        return starts
-
-    def samples(self, streams: list[int]) -> int:
-        """Samples that these streams give in all."""
-        return int(self.sizes[:, streams].sum())
-
     def weight(self, step: int, streams: list[int], world_size: int) -> float:
         """What the mean loss of a rank with these streams must be multiplied with; see HotColdBatch.weight."""
         of_step = int(self.sizes[step].sum()) if self.full_step is None else self.full_step
@@ -58,17 +47,19 @@ def plan_window(
         must_go: int64 [streams], batches that must go now because the queue would outgrow its buffer.
         finished: bool [streams], streams to which nothing will be added.
         batch_size: samples per stream and step.
-        drop_last: whether samples that make no full batch on every rank at the end of the epoch are left out.
+        drop_last: whether a stream's samples that make no full batch at the end of the epoch are left out.
         as_stock: whether a step is the mean over its samples, however few.
 
     Returns:
         The plan, and the samples that each stream gives, int64 [streams].
 
     Example with batch_size 4 and two streams of 9 and 5 samples: one step of 4 + 4 in mid-epoch; 4 + 4 and 4 + 1 where two batches of the
-    first must go; 4 + 4, 4 + 1 and 1 + 0 at the end.
+    first must go; 4 + 4, 4 + 1 and 1 + 0 at the end, or 4 + 4 and 4 + 0 with `drop_last`.
     """
     if finished.all():
-        steps = available.min() // batch_size if drop_last else -(-available.max() // batch_size)
+        if drop_last:  # not all that has no counterpart on every rank: where ranks differ in their hot samples, that may be most
+            available = available // batch_size * batch_size
+        steps = -(-available.max() // batch_size)
     else:
         steps = max(available[~finished].min() // batch_size, must_go.max())
     before = np.arange(steps, dtype=np.int64)[:, None] * batch_size

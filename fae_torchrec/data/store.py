@@ -257,7 +257,8 @@ class SegregatedStore:
         local = self._local(file)
         try:
             with open(local, "rb") as opened:  # columns are far apart: without this the kernel would read ahead in small pieces
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                if hasattr(os, "posix_fadvise"):  # not on macOS
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             with pa.memory_map(local) as mapped:  # the mapping outlives the file: no descriptor stays open
                 reader = pa.ipc.open_file(mapped.read_buffer())
                 records = [reader.get_batch(i) for i in range(reader.num_record_batches)]

@@ -231,11 +231,12 @@ class StoreWriter:
 
     def _hot(self, batch: Batch, shard: int) -> np.ndarray:
         """Which samples are hot, bool [B], after a look at the batch's shape."""
-        source, keys = self._source, tuple(batch.sparse_features.keys())
-        if keys != tuple(source.feature_names) or batch.dense_features.shape[1] != source.num_dense:
+        source, keys, size = self._source, tuple(batch.sparse_features.keys()), batch.sparse_features.stride()
+        shapes = tuple(batch.dense_features.shape), tuple(batch.labels.shape)
+        if keys != tuple(source.feature_names) or shapes != ((size, source.num_dense), (size,)):
             raise DataError(
-                f"{source.name}, shard {shard}: a batch has the features {list(keys)} and {batch.dense_features.shape[1]} dense columns, "
-                f"where the source says {list(source.feature_names)} and {source.num_dense}; correct the source"
+                f"{source.name}, shard {shard}: a batch of {size} samples has the features {list(keys)}, dense {shapes[0]} and labels "
+                f"{shapes[1]}, where the source says {list(source.feature_names)} and {source.num_dense} dense columns; correct the source"
             )
         try:
             hot: np.ndarray = hot_samples(batch.sparse_features, self._placement).numpy()

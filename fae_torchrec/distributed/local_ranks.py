@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # private, torch 2.13
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torchrec.distributed.planner.types import PlannerError
 
@@ -42,6 +44,7 @@ def run_on_local_ranks(
 
     Raises:
         TimeoutError: the ranks took longer.
+        FAEError: a rank was killed from outside.
         Exception: what the first failing rank raised, with that rank's traceback as a note in `__cause__`; the other ranks are killed.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -58,12 +61,24 @@ def run_on_local_ranks(
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(f"{function.__name__} did not end within {timeout_s} s on {world_size} ranks; the ranks were killed")
         except (ProcessRaisedException, ProcessExitedException) as failure:
-            raise _own_error(folder, failure) from failure
+            raise _killed(context.processes) or _own_error(folder, failure) from failure
         finally:
             for process in context.processes:
                 process.kill()
                 process.join()  # it is gone, and writes no more, when the folder is removed
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _killed(ranks: list[Any]) -> FAEError | None:
+    """Of ranks that have ended, the first that a signal ended which is not how the others are ended then (SIGTERM)."""
+    for rank, process in enumerate(ranks):
+        if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-process.exitcode).name
+            return FAEError(
+                f"rank {rank} was killed by {name}: most often the machine's memory was full; see the kernel's log, and take smaller batches "
+                "or buffers, or fewer ranks"
+            )
+    return None
 
 
 def _own_error(folder: str, failure: Exception) -> Exception:
@@ -82,6 +97,7 @@ def _own_error(folder: str, failure: Exception) -> Exception:
 def _rank_main(
     rank: int, function: Callable[..., Any], world_size: int, folder: str, device_type: str, timeout_s: float | None, args: tuple[Any, ...]
 ) -> None:
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # torch asks for SIGINT when the parent ends, which a shell's background jobs ignore
     quiet_host()
     # What torchrun would set; TorchRec asks for the local world size.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))

@@ -69,6 +69,6 @@ class FiniteLossGuard:
             step, kind, _ = steps[first // world_size]
             raise DivergedError(
                 f"the training loss is not a finite number any more: first at step {step}, a {kind} batch, on rank {first % world_size}; "
-                "lower the learning rate, or look for missing or huge values in that batch's dense features and labels; the last "
-                "checkpoint was made before, and is kept"
+                "lower the learning rate, or look for missing or huge values in that batch's dense features and labels; the checkpoints "
+                "made before are kept, and if the newest one leads here again, remove it: the run goes on from the one before"
             )

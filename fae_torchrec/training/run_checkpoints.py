@@ -12,7 +12,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
-from fae_torchrec.core.errors import ConfigError
+from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.data.batches import HotColdBatch, Position
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.distributed.local_ranks import from_first_rank, merged_on_first_rank
@@ -94,11 +94,14 @@ class RunCheckpoints:
         """
         newest = self._folder.open()
         if newest is not None:
-            extra = read_extra(newest)
-            self._check_run(newest, extra["run"])
-            loader.load_state_dict(extra["loader"])
-            log.load_state_dict(extra["log"])
-            self._folder.load(newest, self._model, self._optimizer, self._device)
+            try:
+                extra = read_extra(newest)
+                self._check_run(newest, extra["run"])
+                loader.load_state_dict(extra["loader"])
+                log.load_state_dict(extra["log"])
+                self._folder.load(newest, self._model, self._optimizer, self._device)
+            except DataError as error:
+                raise DataError(f"{error}; without the folder {newest} the run would go on from the checkpoint before it") from error
             self._saved_step = int(extra["step"])
         # An audit of steps that are done again, or for the first time now, would count them twice.
         from_first_rank(lambda: discard(self._audit_folder, self._saved_step), all_ranks())
@@ -144,7 +147,8 @@ class RunCheckpoints:
         differing = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
         if differing:
             raise ConfigError(
-                f"checkpoint {path} is of another run: {'; '.join(differing)}; go on with what it was saved with, or give a new folder"
+                f"checkpoint {path} is of another run: {'; '.join(differing)}; go on with what it was saved with, or give a new folder "
+                "(and load this checkpoint into the new run, if it is to begin with these weights)"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ _FLUSH_S = 10  # what a killed run may lack at most
 
 class Telemetry:
     """Shows how a run goes; on rank 0 alone. A context manager.
+
+    A disk that fills up ends the TensorBoard events, with a message, and not the run.
 
     Every `log_every` steps, of the steps since the last time: samples/s, the mean loss, and the time per stage and step. Between two such
     steps nothing is fetched from the device; the one that fetches waits for it, so count the time of `step` as training time.
@@ -79,8 +81,7 @@ class Telemetry:
         """Ends the bar and the event file."""
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._with_events(lambda events: events.close())
 
     def step(
         self,
@@ -127,8 +128,7 @@ class Telemetry:
         """Says something that happened after a step: above the bar (or where it would be), and as TensorBoard text."""
         if self._shows:
             tqdm.write(f"step {step}: {message}", file=sys.stderr)
-        if self._writer is not None:
-            self._writer.add_text("events", message, step)
+        self._with_events(lambda events: events.add_text("events", message, step))
 
     def _log(self, step: int, stage_seconds: Mapping[str, float], rate: float | None) -> None:
         start = time.perf_counter()
@@ -154,9 +154,21 @@ class Telemetry:
         self._weights.clear()
 
     def _write(self, figures: Mapping[str, float], step: int) -> None:
-        if self._writer is not None:
+        def add(events: SummaryWriter) -> None:
             for name, value in figures.items():
-                self._writer.add_scalar(name, value, step)
+                events.add_scalar(name, value, step)
+
+        self._with_events(add)
+
+    def _with_events(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Writes to the event file, if there is one. A run does not end because of it: on a full disk it goes on without."""
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:
+            self._writer = None
+            tqdm.write(f"TensorBoard events are not written any more: {error}; the run goes on without them", file=sys.stderr)
 
     def _open(self, folder: str, group: dist.ProcessGroup | None, first_step: int) -> None:
         """Opens the event file on rank 0; where that fails, every rank says why."""

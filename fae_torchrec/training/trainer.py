@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from fae_torchrec.core.errors import DataError
+from fae_torchrec.core.errors import DataError, DivergedError
 from fae_torchrec.data.batches import BatchSource, HotColdBatch, Position
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
@@ -43,7 +43,7 @@ class TrainOptions:
         eval_batch_size: samples per rank and test batch.
         swap_eval_batches: test batches looked at after each phase for the schedule's feedback; 0 gives it none.
         check_replicas: compares the ranks' hot rows bit for bit every so many steps; 0 never.
-        nan_check_steps: looks for a loss that is no finite number every so many steps, and before every checkpoint and score.
+        nan_check_steps: looks for a loss that is no finite number every so many steps, before every checkpoint and in every score; 0 never.
         lookahead: batches that the pipeline takes ahead.
         log_every: steps between updates of the progress bar and of TensorBoard.
         tensorboard: folder for TensorBoard's events; None writes none.
@@ -104,6 +104,7 @@ class Trainer:
         self._hot_cold = [module for module in model.modules() if isinstance(module, ShardedHotColdModule)]
         self._pipeline = self._new_pipeline()
         self._taken = _Taken()
+        self._swap_test: list[Batch] = []
         self._log = RunLog(group, device)
         self._losses = FiniteLossGuard(group, device, every=options.nan_check_steps)
         self._checkpoints: RunCheckpoints | None = None
@@ -123,7 +124,7 @@ class Trainer:
         Raises:
             ConfigError: the newest checkpoint is of another run.
             DataError: there is no sample to train or to score on; the loader's and the sources' own.
-            DivergedError: a loss is no finite number; no checkpoint was made of that.
+            DivergedError: a training or test loss is no finite number.
             FAEError: a checkpoint could not be written; the ones before it are whole.
             ReplicaError: the ranks' hot rows differ (only where they are checked).
             All of them on every rank alike.
@@ -203,7 +204,7 @@ class Trainer:
     def _tell_schedule(self) -> None:
         """Looks at the test data and tells the schedule, the same on every rank."""
         self._pipeline.detach()
-        scores = self._score(self._swap_batches)
+        scores = self._score(self._swap_batches())
         self._telemetry.evaluation(scores, self._log.steps)
         told = torch.tensor([scores.logloss, scores.auc, scores.accuracy], dtype=torch.float64, device=self._device)
         if self._group is not None:  # the ranks' schedules must not drift apart by a rounding
@@ -225,15 +226,25 @@ class Trainer:
             self._checkpoints.save(self._log.steps, self._loader, self._position, self._log)
 
     def _score(self, batches: Iterable[Batch]) -> Scores:
-        return evaluate(self._model, batches, self._device, self._group)
+        scores = evaluate(self._model, batches, self._device, self._group)
+        if self._options.nan_check_steps and not math.isfinite(scores.logloss):  # the last update did it, which no training loss has shown
+            raise DivergedError(
+                f"the test loss after step {self._log.steps} is {scores.logloss}: the model has diverged; lower the learning rate, and "
+                "begin again or go on from a checkpoint of an earlier step"
+            )
+        return scores
 
     def _test_batches(self) -> Iterator[Batch]:
         return self._test.batches(self._options.eval_batch_size, rank=self._rank, world_size=self._world_size)
 
-    @cached_property
-    def _swap_batches(self) -> list[Batch]:
-        """The few test batches that are looked at after each phase: read once, for there may be many phases."""
-        return list(islice(self._test_batches(), self._options.swap_eval_batches))
+    def _swap_batches(self) -> Iterator[Batch]:
+        """The few test batches that are looked at after each phase: read the first time, for there may be many phases."""
+        if self._swap_test:
+            yield from self._swap_test
+            return
+        for batch in islice(self._test_batches(), self._options.swap_eval_batches):
+            self._swap_test.append(batch)
+            yield batch
 
     @property
     def _schedule_listens(self) -> bool:

@@ -146,7 +146,8 @@ def run_ranks(
         world: ranks.
         make: a rank's loader, given its all-gather.
         passes: epochs.
-        stop_after: ends after so many steps; `state` of each rank is then what a checkpoint would hold.
+        stop_after: ends after so many steps; `state` of each rank is then what a checkpoint would hold. The feedback for a phase that
+            ends there has been heard.
         feedback: test losses, one observed after each phase.
         lonely: ranks do not really agree.
     """
@@ -174,6 +175,8 @@ def run_ranks(
                         mine.trace.append(batch.kind)
                         if len(mine.batches) == stop_after:
                             assert batch.position is not None
+                            if batch.position.cursor.left == 0 and (loss := next(losses, None)) is not None:
+                                loader.schedule.observe(loss)  # as the Trainer does: what is told of a phase belongs to the state after it
                             mine.state = json.loads(json.dumps(loader.state_dict(batch.position)))
                             loader.close()
                             return

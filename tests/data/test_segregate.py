@@ -220,3 +220,20 @@ def test_cutting_and_joining_drop_the_promise() -> None:
         assert not is_hot_batch(made)
         assert unpack(made)[0] == unpack(batch)[0]
     assert plain_batch(batch) is batch
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_int32_ids_are_taken_as_torchrecs_own_loader_gives_them(one_hot: bool) -> None:
+    rows: list[dict[str, Bag]] = [{"a": [0], "b": [2 + i % 3], "c": [1 + i % 2], "d": [0] if one_hot or i else []} for i in range(8)]
+    wide = make_batch(rows, keys=("a", "b", "c", "d"))
+    kjt = wide.sparse_features
+    narrow = KeyedJaggedTensor(keys=kjt.keys(), values=kjt.values().int(), lengths=kjt.lengths(), stride=8)
+    assert hot_samples(narrow, PLACEMENT).tolist() == hot_samples(kjt, PLACEMENT).tolist()
+    narrow.values()[3] = -1
+    with pytest.raises(DataError, match="id -1"):
+        hot_samples(narrow, PLACEMENT)
+
+
+def test_a_missing_feature_of_one_hot_samples_is_named() -> None:
+    with pytest.raises(DataError, match="'d' of table"):
+        hot_samples(make_batch([{"a": [0], "b": [2], "c": [1]}], keys=("a", "b", "c")).sparse_features, PLACEMENT)

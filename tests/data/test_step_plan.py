@@ -31,8 +31,9 @@ def test_windows_by_hand(available: list[int], must_go: list[int], finished: lis
     assert _plan(available, must_go, finished) == expected
 
 
-def test_drop_last_takes_full_batches_only() -> None:
-    assert _plan([9, 5], [0, 0], [True, True], drop_last=True) == [[4, 4]]
+def test_drop_last_leaves_out_less_than_a_batch_of_each_stream() -> None:
+    assert _plan([9, 5], [0, 0], [True, True], drop_last=True) == [[4, 4], [4, 0]]
+    assert _plan([9, 0], [0, 0], [True, True], drop_last=True) == [[4, 0], [4, 0]]
 
 
 def test_epochs_by_hand() -> None:

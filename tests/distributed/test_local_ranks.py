@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,10 +61,13 @@ def _merged(group: dist.ProcessGroup, *failing: int, merge: bool = True) -> Any:
 def _see(rank: int, word: str, folder: str) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
+    ends_with_parent = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(ends_with_parent))  # PR_GET_PDEATHSIG
     last = dist.new_group([1])  # a group whose first rank is not the world's
     return {
         "rank": (rank, dist.get_rank(), dist.get_world_size(), os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]),
         "word": word,
+        "signal when the parent ends": ends_with_parent.value,
         "from first rank": from_first_rank(lambda: ("made on", dist.get_rank()), group),
         "from the group's first rank": from_first_rank(dist.get_rank, last) if rank == 1 else None,
         "error": _told(lambda: from_first_rank(_raises, group)),
@@ -82,6 +87,7 @@ def test_results_in_rank_order(tmp_path: Path) -> None:
     for rank, seen in enumerate(results):
         assert seen["rank"] == (rank, rank, 2, str(rank), "2")
         assert seen["word"] == "word"
+        assert seen["signal when the parent ends"] == signal.SIGKILL, "nobody is left behind"
         assert seen["from first rank"] == ("made on", 0)
         assert seen["error"] == "of rank 0 alone", "on every rank"
         assert seen["merged"] == seen["merged after errors"] == (0, [[0, 1], [10, 11]]), "merged on rank 0, in the order of the ranks"

@@ -37,7 +37,7 @@ def test_the_first_bad_step_is_named_on_every_rank(bad: float) -> None:
     first, second = watch({0: [1, 1, 1, 1, bad, bad], 1: [1, 1, 1, bad, 1, bad]})
     assert first == second
     assert "first at step 14, a hot batch, on rank 1;" in first[1]
-    assert "lower the learning rate" in first[1] and "last checkpoint" in first[1]
+    assert "lower the learning rate" in first[1] and "checkpoints made before are kept" in first[1]
 
 
 def test_of_two_ranks_in_one_step_the_lower_is_named() -> None:

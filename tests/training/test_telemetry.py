@@ -123,6 +123,22 @@ def test_losses_stay_on_the_device_until_they_are_shown(monkeypatch: pytest.Monk
     assert fetched == [50, 50]
 
 
+def test_a_full_disk_ends_the_events_and_not_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if step > 1:
+                raise OSError(28, "No space left on device")
+
+        add_text = close = add_scalar
+
+    with Telemetry(log_every=1) as shown:
+        shown._writer = Full()  # type: ignore[assignment]
+        steps(shown, 1, 3)
+        shown.text("still there", 4)
+    stopped = "TensorBoard events are not written any more: [Errno 28] No space left on device; the run goes on without them\n"
+    assert capsys.readouterr().err == stopped + "step 4: still there\n"
+
+
 def test_what_is_missing_is_said_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(folder: Path) -> list[Any]:
         return run_on_threads(lambda group: Telemetry(group, tensorboard=str(folder)).close(), 2)
