@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -34,7 +34,7 @@ from fae_torchrec.experiment_profile import make_profile, output_folder
 from fae_torchrec.experiment_store import open_store
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import audit
-from fae_torchrec.training.checkpoint import load_checkpoint, save_checkpoint
+from fae_torchrec.training.checkpoint import load_checkpoint, read_extra, save_checkpoint
 from fae_torchrec.training.checkpoint_folder import CheckpointFolder
 from fae_torchrec.training.dlrm import build_dlrm
 from fae_torchrec.training.metrics import check_labels, evaluate
@@ -164,7 +164,7 @@ def prepare(
         FAEError: bad input.
         PlannerError: a table cannot be placed so.
     """
-    _check_folders(load, save)
+    _check_folders(config, load, save)
     data = open_data(config)
     placement = place_rows(config, data, show_progress=show_progress)
     check_run(config, data, placement, [name], ranks)
@@ -223,7 +223,9 @@ def run_placement(
         trainer = Trainer(model, optimizer, loader, data.test, _train_options(config), device, group, show_progress=show_progress, run=run)
         result = trainer.run()
         if save is not None:  # before the audit, which trains on
-            save_checkpoint(save, model, optimizer, extra={"placement": name, "config": config.to_dict()})
+            about = {"placement": name, "steps": trainer.steps, "config": config.to_dict()}
+            if resumed is None or not _is_saved(save, about):
+                save_checkpoint(save, model, optimizer, extra=about)
         audited = HotColdDataLoader(
             lambda: islice(data.train.batches(config.train.batch_size, rank=rank, world_size=group.size()), config.compare.count_batches),
             placement,
@@ -308,16 +310,29 @@ def _newest_checkpoint(config: RunConfig) -> str | None:
     return None if newest is None else str(newest)
 
 
-def _check_folders(load: str | None, save: str | None) -> None:
-    """Finds a checkpoint folder that cannot be before any work; what is in one to load is checked when it is."""
+def _is_saved(path: str, about: Mapping[str, Any]) -> bool:
+    """Whether an earlier attempt at this run, which was interrupted after its training, has saved the model. Collective."""
+    try:
+        saved = read_extra(path)
+    except ConfigError:  # no checkpoint, or half of one
+        return False
+    return all(saved.get(key) == value for key, value in about.items())
+
+
+def _check_folders(config: RunConfig, load: str | None, save: str | None) -> None:
+    """Finds a checkpoint folder that cannot be before any work; what is in one to load or to go on from is checked when it is."""
     if load is not None and not Path(load).is_dir():
         raise ConfigError(f"--load: there is no folder {load}; give the folder of a finished checkpoint")
-    if save is not None:
-        folder = Path(save).absolute()
-        above = next(parent for parent in folder.parents if parent.exists())
-        if folder.exists() or not above.is_dir() or not os.access(above, os.W_OK):
-            why = "exists already" if folder.exists() else f"cannot be made in {above}"
-            raise ConfigError(f"--save: the folder {save} {why}; give a new folder where you may write, checkpoints are not overwritten")
+    # A run that goes on may have been interrupted while it saved.
+    if save is not None and Path(save).exists() and _newest_checkpoint(config) is None:
+        raise ConfigError(f"--save: the folder {save} exists already; give a new folder, checkpoints are not overwritten")
+    for key, name in (("--save", save), ("checkpoint.folder", config.checkpoint.folder)):
+        if name is not None:
+            folder = Path(name).absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                why = "may not be written to" if there.is_dir() else "is no folder"
+                raise ConfigError(f"{key}: nothing can be written to {name}, because {there} {why}; give a folder where you may write")
 
 
 def _scores(

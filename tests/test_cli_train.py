@@ -97,10 +97,22 @@ def test_interrupted_and_resumed(config: str, tmp_path: Path, capfd: pytest.Capt
     longer = json.loads(out)
     assert err == "step 46: resumed from the checkpoint that was made here\n"
     assert longer["samples"] == 3 * TRAIN_SAMPLES and "loaded" not in longer
+    # Interrupted while it saved the model, and later: saved by the next attempt, and once.
+    (tmp_path / "saved").mkdir()
+    saving = [*resumable, "--save", "saved"]
+    assert cli.main(saving) == 0
+    inode = (tmp_path / "saved" / ".metadata").stat().st_ino
+    assert cli.main(saving) == 0 and (tmp_path / "saved" / ".metadata").stat().st_ino == inode
+    assert cli.main([*saving, "--set", "train.log_every=1"]) == 2 and "saved holds a checkpoint already" in capfd.readouterr().err
     # Of another run: refused before anything is trained.
     assert cli.main([*resumable, "--set", "train.learning_rate=0.5"]) == 2
     err = capfd.readouterr().err
     assert re.search("kept: here/step_[0-9]+ is of another run: train.learning_rate was 0.05, is 0.5; ", err), err
+    newest = max(os.listdir("kept: here"))
+    os.truncate(f"kept: here/{newest}/rng_00000.pt", 100)
+    assert cli.main(resumable) == 2
+    err = capfd.readouterr().err
+    assert "rng_00000.pt is missing or damaged" in err and f"without the folder kept: here/{newest} the run would go on from" in err
 
 
 @pytest.fixture()
@@ -157,6 +169,7 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "stock order from a store": ("train", ["--store", "s", "--set", "schedule.policy=stock"], "loader.store: .*'stock'.*'proportional'"),
     "segregate workers": ("segregate", ["--workers", "-1"], "loader.workers: received -1; it must be at least 0"),
     "every": ("train", ["--checkpoint", "c", "--checkpoint-every", "0"], "checkpoint.every_steps: received 0; it must be at least 1"),
+    "checkpoints in a file": ("train", ["--checkpoint", "run.yaml/c"], "checkpoint.folder: .*because .*/run.yaml is no folder; give"),
     "keep": ("train", ["--checkpoint", "c", "--keep", "0"], "checkpoint.keep: received 0; it must be at least 1"),
 }
 

@@ -10,29 +10,36 @@ import torch
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.errors import DataError
-from fae_torchrec.data.segregate import join_runs
+from fae_torchrec.data.segregate import Rows, join_rows
 
 
 class _Piece(NamedTuple):
-    """The samples begin..end-1 of a batch, and what the whole batch is."""
+    """Some samples of a batch: the begin-th to the (end - 1)-th of `rows` (None: of all)."""
 
     batch: Batch
+    rows: np.ndarray | None
     begin: int
     end: int
     numbers: np.ndarray
-    batch_bytes: int
+    all_bytes: int
 
     @property
     def num_bytes(self) -> int:
-        """Its share of the batch's bytes; the shares of a batch's pieces add up to them."""
-        return self.batch_bytes * self.end // len(self.numbers) - self.batch_bytes * self.begin // len(self.numbers)
+        """Its share of the bytes of all `rows`; what is cut in pieces adds up."""
+        return self.all_bytes * self.end // len(self.numbers) - self.all_bytes * self.begin // len(self.numbers)
+
+    def chosen(self) -> Rows:
+        """The samples, as numbers of the batch's."""
+        return slice(self.begin, self.end) if self.rows is None else self.rows[self.begin : self.end]
 
 
 class Bundler:
     """Samples in the order of their coming, each with a number.
 
+    Samples are copied once, when they go out: until then a batch stays whole in memory, also where only some of it waits (see `compact`).
+
     Attributes:
-        num_bytes: of the waiting samples' tensors, numbers included; of a batch that is partly gone, in proportion.
+        num_bytes: of the waiting samples, numbers included; of a batch that waits in part, in proportion.
     """
 
     def __init__(self) -> None:
@@ -44,10 +51,23 @@ class Bundler:
         """Samples that wait."""
         return self._samples
 
-    def add(self, batch: Batch, numbers: np.ndarray) -> None:
-        """Appends the n samples of `batch`, whose numbers are `numbers` (int64 [n])."""
+    def add(self, batch: Batch, numbers: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Appends samples of a batch.
+
+        Args:
+            batch: on the CPU; must not change until its samples are gone.
+            numbers: int64 [n], of the samples.
+            rows: which samples of the batch, int64 [n]; None: all.
+        """
         if len(numbers):
-            self._append(_Piece(batch, 0, len(numbers), numbers, _num_bytes(batch) + numbers.nbytes))
+            share = _num_bytes(batch) * len(numbers) // batch.sparse_features.stride()
+            self._append(_Piece(batch, rows, 0, len(numbers), numbers, share + numbers.nbytes))
+
+    def compact(self) -> None:
+        """Copies the waiting samples, so that nothing else of their batches stays in memory."""
+        if len(self):
+            batch, numbers = self.pop(len(self))
+            self.add(batch, numbers)
 
     def split(self, samples: int) -> Bundler:
         """Takes the first samples out, uncopied.
@@ -91,7 +111,7 @@ class Bundler:
         if not samples:
             raise DataError("cannot take 0 samples as a batch; take at least 1")
         pieces = self.split(samples)._pieces
-        batch = join_runs([(piece.batch, piece.begin, piece.end) for piece in pieces])
+        batch = join_rows([(piece.batch, piece.chosen()) for piece in pieces])
         return batch, np.concatenate([piece.numbers[piece.begin : piece.end] for piece in pieces])
 
     def _append(self, piece: _Piece, *, left: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from fae_torchrec.core import row_ids
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind, TableSet
+
+Rows: TypeAlias = slice | np.ndarray
+"""Samples of a batch: a run from start to stop, or their numbers, int64."""
 
 
 def check_ids(kjt: KeyedJaggedTensor, tables: TableSet) -> None:
@@ -154,14 +158,14 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     Raises:
         DataError: no batch, other keys, or weights in only some of the batches.
     """
-    return join_runs([(batch, 0, batch.sparse_features.stride()) for batch in batches])
+    return join_rows([(batch, slice(0, batch.sparse_features.stride())) for batch in batches])
 
 
-def join_runs(runs: Sequence[tuple[Batch, int, int]]) -> Batch:
-    """Joins runs of samples of batches one after the other.
+def join_rows(parts: Sequence[tuple[Batch, Rows]]) -> Batch:
+    """Joins some samples of batches one after the other.
 
     Args:
-        runs: at least one: (batch, its first sample, the one after its last); batches as for `concat_batches`.
+        parts: at least one; batches as for `concat_batches`, each with its samples.
 
     Returns:
         A plain batch of all these samples in order (for one whole batch: that batch itself, its promise not kept).
@@ -169,14 +173,14 @@ def join_runs(runs: Sequence[tuple[Batch, int, int]]) -> Batch:
     Raises:
         DataError: as `concat_batches`.
     """
-    if not runs:
+    if not parts:
         raise DataError("no batches to join; give at least one")
-    whole = [end - begin == batch.sparse_features.stride() for batch, begin, end in runs]
-    if whole == [True]:
-        return plain_batch(runs[0][0])
-    kjts = [batch.sparse_features for batch, _, _ in runs]
+    first, of_first = parts[0]
+    if len(parts) == 1 and isinstance(of_first, slice) and of_first == slice(0, first.sparse_features.stride()):
+        return plain_batch(first)
+    kjts, rows = [batch.sparse_features for batch, _ in parts], [rows for _, rows in parts]
     keys = kjts[0].keys()
-    tables_of_ids = [one_hot_ids(kjt) for kjt in kjts]
+    tables = [one_hot_ids(kjt) for kjt in kjts]
     for kjt in kjts:
         if kjt.keys() != keys:
             raise DataError(f"batches of one stream must have the same keys, received {list(keys)} and {list(kjt.keys())}")
@@ -184,31 +188,54 @@ def join_runs(runs: Sequence[tuple[Batch, int, int]]) -> Batch:
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         raise DataError(f"{len(given)} of {len(weights)} batches have per-sample weights; give them to all batches or to none")
-    if any(table is None for table in tables_of_ids):
-        if not all(whole):
-            cut = [select_samples(batch, torch.arange(begin, end)) for batch, begin, end in runs]
-            return concat_batches(cut)
-        sizes = [kjt.length_per_key() for kjt in kjts]
-        ids = _cat_by_key([kjt.values() for kjt in kjts], sizes)
-        joined = _cat_by_key(given, sizes) if given else None
-        lengths = torch.cat([kjt.lengths().view(len(keys), kjt.stride()) for kjt in kjts], dim=1).view(-1)
-    else:
-        tables = [kjt.values().numpy().reshape(len(keys), -1) for kjt in kjts]
-        ids = _cat_tables(tables, runs)
-        joined = _cat_tables([weight.numpy().reshape(len(keys), -1) for weight in given], runs) if given else None
-        lengths = _one_each(ids.numel(), kjts[0].lengths().dtype)
+    one_hot = [table for table in tables if table is not None]
+    if len(one_hot) < len(tables):
+        return _join_bags([select_samples(batch, _numbers(of_batch)) for batch, of_batch in parts], weighted=bool(given))
+    ids = _join_columns(one_hot, rows)
+    of_ids = [weight.numpy().reshape(table.shape) for weight, table in zip(given, one_hot, strict=False)]
     return Batch(
-        dense_features=torch.cat([batch.dense_features[begin:end] for batch, begin, end in runs]),
-        sparse_features=KeyedJaggedTensor(keys, ids, joined, lengths=lengths, stride=sum(end - begin for _, begin, end in runs)),
-        labels=torch.cat([batch.labels[begin:end] for batch, begin, end in runs]),
+        dense_features=_join([batch.dense_features for batch, _ in parts], rows),
+        sparse_features=KeyedJaggedTensor(
+            keys,
+            ids,
+            _join_columns(of_ids, rows) if given else None,
+            lengths=_one_each(ids.numel(), kjts[0].lengths().dtype),
+            stride=ids.numel() // len(keys),
+        ),
+        labels=_join([batch.labels for batch, _ in parts], rows),
     )
 
 
-def _cat_tables(tables: Sequence[np.ndarray], runs: Sequence[tuple[Batch, int, int]]) -> torch.Tensor:
-    """Joins the runs' columns of [F, B] tables, flat."""
-    return torch.from_numpy(
-        np.concatenate([table[:, begin:end] for table, (_, begin, end) in zip(tables, runs, strict=True)], axis=1)
-    ).view(-1)
+def _join_bags(batches: Sequence[Batch], *, weighted: bool) -> Batch:
+    """Joins whole batches whose bags hold any number of ids."""
+    kjts = [batch.sparse_features for batch in batches]
+    keys, sizes = kjts[0].keys(), [kjt.length_per_key() for kjt in kjts]
+    return Batch(
+        dense_features=torch.cat([batch.dense_features for batch in batches]),
+        sparse_features=KeyedJaggedTensor(
+            keys,
+            _cat_by_key([kjt.values() for kjt in kjts], sizes),
+            _cat_by_key([kjt.weights() for kjt in kjts], sizes) if weighted else None,
+            lengths=torch.cat([kjt.lengths().view(len(keys), kjt.stride()) for kjt in kjts], dim=1).view(-1),
+            stride=sum(kjt.stride() for kjt in kjts),
+        ),
+        labels=torch.cat([batch.labels for batch in batches]),
+    )
+
+
+def _join_columns(tables: Sequence[np.ndarray], rows: Sequence[Rows]) -> torch.Tensor:
+    """Joins columns of [F, B] tables, flat."""
+    parts = [table[:, at] if isinstance(at, slice) else table.take(at, axis=1) for table, at in zip(tables, rows, strict=True)]
+    return torch.from_numpy(np.concatenate(parts, axis=1) if len(parts) > 1 else np.ascontiguousarray(parts[0])).view(-1)
+
+
+def _join(tensors: Sequence[torch.Tensor], rows: Sequence[Rows]) -> torch.Tensor:
+    parts = [x.numpy()[at] if isinstance(at, slice) else x.numpy().take(at, axis=0) for x, at in zip(tensors, rows, strict=True)]
+    return torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0].copy())
+
+
+def _numbers(rows: Rows) -> torch.Tensor:
+    return torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else torch.from_numpy(rows)
 
 
 def plain_batch(batch: Batch) -> Batch:
@@ -225,6 +252,16 @@ def plain_batch(batch: Batch) -> Batch:
         stride=kjt.stride(),
     )
     return Batch(dense_features=batch.dense_features, sparse_features=plain, labels=batch.labels)
+
+
+def with_shared_lengths(batch: Batch) -> Batch:
+    """The same batch; where every bag has one id, with the lengths that all such batches share, so that nobody looks at them again."""
+    kjt = batch.sparse_features
+    if one_hot_ids(kjt) is None or kjt.lengths().dtype != torch.int32:
+        return batch
+    lengths = _one_each(kjt.lengths().numel(), torch.int32)
+    lean = KeyedJaggedTensor(kjt.keys(), kjt.values(), kjt.weights_or_none(), lengths=lengths, stride=kjt.stride())
+    return Batch(batch.dense_features, lean, batch.labels)
 
 
 def one_hot_ids(kjt: KeyedJaggedTensor) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.schedule import Kind
 from fae_torchrec.data.bundler import Bundler
 from fae_torchrec.data.one_ahead import OneAhead, read_ahead
-from fae_torchrec.data.segregate import hot_samples, plain_batch, select_samples
+from fae_torchrec.data.segregate import hot_samples, plain_batch, select_samples, with_shared_lengths
 from fae_torchrec.data.step_plan import StepPlan, plan_window
 from fae_torchrec.data.window import Samples, Window
 
@@ -190,15 +190,11 @@ class StreamWindows:
         if self.placement is None:
             stream.queues["mixed"].add(_unshared(batch), numbers)
             return
-        hot = hot_samples(batch.sparse_features, self.placement)
-        count = int(hot.sum())
-        parts: tuple[tuple[Kind, torch.Tensor, int], ...] = (("hot", hot, count), ("cold", ~hot, size - count))
-        for kind, mask, samples in parts:
-            if samples == size:
-                stream.queues[kind].add(_unshared(batch), numbers)
-            elif samples:
-                index = mask.nonzero().view(-1)
-                stream.queues[kind].add(select_samples(batch, index), numbers[index.numpy()])
+        batch = with_shared_lengths(_unshared(batch))
+        hot = hot_samples(batch.sparse_features, self.placement).numpy()
+        rows: dict[Kind, np.ndarray] = {"hot": np.flatnonzero(hot), "cold": np.flatnonzero(~hot)}
+        for kind, of_kind in rows.items():
+            stream.queues[kind].add(batch, numbers[of_kind], of_kind if len(of_kind) < size else None)
 
     def _agree_counts(self, failure: Exception | None) -> np.ndarray:
         """Asks all ranks.
@@ -268,6 +264,7 @@ class StreamWindows:
             )
             for number, stream in self._opened().items():
                 queues[kind, number] = stream.queues[kind].split(int(given[number]))
+                stream.queues[kind].compact()  # what is carried must not keep the window's batches in memory
         assert self._like is not None
         return StreamWindow(plans, self._mine(), self.world_size, queues, self._like)
 
