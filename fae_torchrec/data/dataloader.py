@@ -292,10 +292,11 @@ class HotColdDataLoader:
 
     def _order(self) -> dict[str, Any]:
         """What decides which samples make a batch, beside the source's samples and the number of streams."""
-        of_source: dict[str, Any] = {"store": self._store.fingerprint, "seed": self._seed} if self._store is not None else {}
+        of_source: dict[str, Any] = {}  # the source first: where it differs, that is what a message should say
+        if self._store is not None:
+            of_source = {"source": f"store {self._store.fingerprint}", "seed": self._seed}
         if self._streams is not None:
-            of_source = {name: getattr(self._options, name) for name in ("window_batches", "buffer_bytes")}
-            of_source["source"] = self._streams.name
+            of_source = {"source": self._streams.name, **{key: getattr(self._options, key) for key in ("window_batches", "buffer_bytes")}}
         return {
             **of_source,
             "placement": self._placement.fingerprint,

@@ -75,8 +75,8 @@ def _killed(ranks: list[Any]) -> FAEError | None:
         if process.exitcode is not None and process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
             return FAEError(
-                f"rank {rank} was killed by {name}: most often the machine's memory was full; see the kernel's log, and take smaller batches "
-                "or buffers, or fewer ranks"
+                f"rank {rank} was killed by {name}: most often the machine's memory was full; see the kernel's log, and take smaller "
+                "batches or buffers, or fewer ranks"
             )
     return None
 
@@ -136,6 +136,8 @@ def launched_group(device_type: str) -> Iterator[dist.ProcessGroup | None]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield None
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that is killed leaves its ranks behind: they would go on beside the next attempt
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device_type == "cuda" else "gloo"

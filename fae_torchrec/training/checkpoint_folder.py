@@ -89,8 +89,8 @@ class CheckpointFolder:
                 shutil.rmtree(draft, ignore_errors=True)  # the disk may be full of it
             raise FAEError(
                 f"the checkpoint of step {step} could not be written to {self.path}: {error}; the checkpoints before it are whole "
-                f"(the newest: {self.latest() or 'there is none'}); make room or mend the folder, let no other run write to it, and start this "
-                "one again: it goes on there"
+                f"(the newest: {self.latest() or 'there is none'}); make room or mend the folder, let no other run write to it, and "
+                "start this one again: it goes on there"
             ) from error
         return final
 

@@ -31,8 +31,8 @@ class Telemetry:
     steps nothing is fetched from the device; the one that fetches waits for it, so count the time of `step` as training time.
 
     Scalars: train/loss (of this rank), train/samples_per_s, train/hot_share, time/<stage>_ms, schedule/rate, eval/auc, eval/logloss,
-    eval/accuracy. The share of hot batches is that of all steps of this process; samples are rank 0's times the ranks, so exact where ranks
-    have equally many (the run's result is exact).
+    eval/accuracy, and test/... at the end. The share of hot batches is that of all steps of this process; samples are rank 0's times the
+    ranks, so exact where ranks have equally many (the run's result is exact).
 
     Args:
         group: the ranks, or None for one process.
@@ -69,7 +69,9 @@ class Telemetry:
         if tensorboard is not None:
             self._open(tensorboard, group, first_step)
         if self._shows:
-            self._bar = tqdm(desc="train", unit=" samples", unit_scale=True, disable=None if show_progress else True)
+            # Without tqdm's own rate: evaluations are in it.
+            looks: dict[str, Any] = {"unit_scale": True, "bar_format": "{desc}: {n_fmt} samples [{elapsed}{postfix}]"}
+            self._bar = tqdm(desc="train", disable=None if show_progress else True, **looks)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -120,9 +122,9 @@ class Telemetry:
         if step % self._log_every == 0:
             self._log(step, stage_seconds, rate)
 
-    def evaluation(self, scores: Scores, step: int) -> None:
-        """Tells of scores on test data after a step."""
-        self._write({"eval/auc": scores.auc, "eval/logloss": scores.logloss, "eval/accuracy": scores.accuracy}, step)
+    def evaluation(self, scores: Scores, step: int, *, tag: str = "eval") -> None:
+        """Tells of scores after a step: "eval" on the few test batches that the schedule hears of, "test" on all of them at the end."""
+        self._write({f"{tag}/auc": scores.auc, f"{tag}/logloss": scores.logloss, f"{tag}/accuracy": scores.accuracy}, step)
 
     def text(self, message: str, step: int) -> None:
         """Says something that happened after a step: above the bar (or where it would be), and as TensorBoard text."""

@@ -143,7 +143,7 @@ class Trainer:
                 raise DataError("there are no samples to train on; received an empty stream of train batches; give every rank at least one")
             self._save()
             scores = self._score(self._test_batches())
-            self._telemetry.evaluation(scores, self._log.steps)
+            self._telemetry.evaluation(scores, self._log.steps, tag="test")
         return self._log.result(scores)
 
     def _resume(self) -> Telemetry:

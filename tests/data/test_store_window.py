@@ -143,7 +143,7 @@ def test_what_does_not_go_with_a_store_is_refused(stores: dict[str, SegregatedSt
     (rank,) = run_ranks(1, _maker(stores["mixed"], 1, batch_size=4), stop_after=2)
     assert rank.state is not None
     for change, message in (
-        ({"store": "all hot"}, "saved with store"),
+        ({"store": "all hot"}, "saved with source 'store "),
         ({"batch_size": 5}, "saved with batch_size 4"),
         ({"shuffle": True}, "saved with seed None, this loader has 0"),
     ):

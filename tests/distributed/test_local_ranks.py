@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import signal
@@ -24,6 +23,7 @@ from fae_torchrec.distributed.local_ranks import (
     run_on_local_ranks,
     world_size_of_environment,
 )
+from tests.distributed.death_signal import death_signal
 
 
 class MadeUpError(Exception):
@@ -61,13 +61,11 @@ def _merged(group: dist.ProcessGroup, *failing: int, merge: bool = True) -> Any:
 def _see(rank: int, word: str, folder: str) -> dict[str, Any]:
     group = dist.group.WORLD
     assert group is not None
-    ends_with_parent = ctypes.c_int()
-    ctypes.CDLL(None).prctl(2, ctypes.byref(ends_with_parent))  # PR_GET_PDEATHSIG
     last = dist.new_group([1])  # a group whose first rank is not the world's
     return {
         "rank": (rank, dist.get_rank(), dist.get_world_size(), os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]),
         "word": word,
-        "signal when the parent ends": ends_with_parent.value,
+        "signal when the parent ends": death_signal(),
         "from first rank": from_first_rank(lambda: ("made on", dist.get_rank()), group),
         "from the group's first rank": from_first_rank(dist.get_rank, last) if rank == 1 else None,
         "error": _told(lambda: from_first_rank(_raises, group)),

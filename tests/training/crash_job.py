@@ -23,6 +23,7 @@ from fae_torchrec.data.batches import HotColdBatch
 from fae_torchrec.distributed.local_ranks import launched_group, quiet_host
 from fae_torchrec.training.run_checkpoints import CheckpointOptions
 from fae_torchrec.training.trainer import Trainer, TrainOptions
+from tests.distributed.death_signal import death_signal
 from tests.training.small_checkpoints import see
 from tests.training.small_run import CPU, Samples, new_loader, new_model, placement_of, sharded
 
@@ -88,7 +89,7 @@ def main() -> None:
     with launched_group("cpu"):
         seen = {name: train(folder / name, of) for name, of in (("killed", kills), ("whole", []))}
         if dist.get_rank() == 0:
-            torch.save(seen, folder / "seen.pt")
+            torch.save({**seen, "death signal": death_signal()}, folder / "seen.pt")
 
 
 if __name__ == "__main__":

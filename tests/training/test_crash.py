@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_three_kills(tmp_path: Path) -> None:
 
     seen = torch.load(tmp_path / "seen.pt")
     killed, whole = seen["killed"], seen["whole"]
+    assert seen["death signal"] == signal.SIGKILL, "no rank outlives its torchrun"
     trained = [int((tmp_path / "killed" / f"kill_{number}").read_text()) for number in range(3)]
     assert all(steps > 0 for steps in trained), "each killed process had trained"
     assert killed["trained"] < killed["steps"] == whole["steps"] == whole["trained"], "the control: the last process trained the rest alone"
