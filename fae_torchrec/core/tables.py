@@ -69,7 +69,12 @@ class TableSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in fast memory: weights and optimizer state."""
-        return self.dim * ELEMENT_BYTES[self.dtype] + self.optimizer.state_bytes_per_row(self.dim)
+        return self.weight_bytes + self.optimizer.state_bytes_per_row(self.dim)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of one row."""
+        return self.dim * ELEMENT_BYTES[self.dtype]
 
     @property
     def total_bytes(self) -> int:

@@ -48,22 +48,35 @@ class HotKeyedJaggedTensor(KeyedJaggedTensor):
 
     The sharded module skips the cold tier, collectives included, for this type. `to` and `pin_memory` keep the promise; every other
     operation (`permute`, `split`, ...) returns a plain KeyedJaggedTensor, which is always right, only slower.
+
+    Attributes:
+        one_each: every bag is known to have exactly one id, so that nobody need ask the device; seen when the promise was made on the CPU.
     """
+
+    one_each: bool
 
     @classmethod
     def promise(cls, kjt: KeyedJaggedTensor) -> HotKeyedJaggedTensor:
         """Marks `kjt` as hot without copying it. The caller vouches that every id is hot under the placement in use."""
         hot = cls.__new__(cls)
         hot.__dict__.update(kjt.__dict__)
+        if "one_each" not in hot.__dict__:
+            lengths = kjt.lengths()
+            hot.one_each = lengths.device.type == "cpu" and lengths.numel() == kjt.values().numel() and bool((lengths == 1).all())
         return hot
 
     def to(self, device: torch.device, non_blocking: bool = False, dtype: torch.dtype | None = None) -> HotKeyedJaggedTensor:
         """As KeyedJaggedTensor.to; the copy is still promised to be hot."""
-        return self.promise(super().to(device, non_blocking, dtype))
+        return self._kept(super().to(device, non_blocking, dtype))
 
     def pin_memory(self) -> HotKeyedJaggedTensor:
         """As KeyedJaggedTensor.pin_memory; the copy is still promised to be hot."""
-        return self.promise(super().pin_memory())
+        return self._kept(super().pin_memory())
+
+    def _kept(self, kjt: KeyedJaggedTensor) -> HotKeyedJaggedTensor:
+        hot = self.__class__.__new__(self.__class__)
+        hot.__dict__.update(kjt.__dict__, one_each=self.one_each)
+        return hot
 
 
 def is_hot_batch(batch: Batch) -> bool:

@@ -10,10 +10,11 @@ import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 from torchrec.distributed.planner.shard_estimators import EmbeddingOffloadStats
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
+from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheAlgorithm, CacheParams
 
 from fae_torchrec.data.cache_statistics import MeasuredCacheStatistics
+from fae_torchrec.distributed.input_error import input_error
 
 _CACHED = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 
@@ -71,10 +72,10 @@ def cache_constraints(
             continue
         cache = given.cache_params or CacheParams()
         if cache.algorithm not in (None, CacheAlgorithm.LRU):
-            raise _refused(f"table {name!r}: its cache is {cache.algorithm}, the statistics are of CacheAlgorithm.LRU; use that or none")
+            raise input_error(f"table {name!r}: its cache is {cache.algorithm}, the statistics are of CacheAlgorithm.LRU; use that or none")
         chosen = load_factor if cache.load_factor is None else cache.load_factor
         if not 0 < chosen <= 1:
-            raise _refused(f"table {name!r}: load_factor must be above 0 and at most 1 (the proposer scales it), received {chosen}")
+            raise input_error(f"table {name!r}: load_factor must be above 0 and at most 1 (the proposer scales it), received {chosen}")
         constraints[name] = replace(
             given,
             compute_kernels=[_CACHED],
@@ -87,7 +88,3 @@ def cache_constraints(
             ),
         )
     return constraints
-
-
-def _refused(message: str) -> PlannerError:
-    return PlannerError(message, PlannerErrorType.INPUT_VALIDATION)

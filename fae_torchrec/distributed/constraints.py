@@ -8,18 +8,26 @@ from dataclasses import dataclass, replace
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import CacheAlgorithm, CacheParams, ShardingType
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind
+from fae_torchrec.distributed.input_error import input_error
 
 
 @dataclass(frozen=True)
 class TierOptions:
-    """Stock sharding types and compute kernels of one tier on one device."""
+    """Stock sharding types and compute kernels of one tier on one device.
+
+    Attributes:
+        sharding_types: allowed ones.
+        kernels: allowed ones.
+        on_host: whether the kernels run on the CPU, whatever the device.
+    """
 
     sharding_types: tuple[str, ...]
     kernels: tuple[str, ...]
+    on_host: bool = False
 
 
 _FUSED = (EmbeddingComputeKernel.FUSED.value,)
@@ -27,10 +35,12 @@ _BY_TABLE = (ShardingType.TABLE_WISE.value,)
 # Not column-wise: a column shard keeps a row-wise optimizer state of its own, and a hot row has one for all its columns.
 _BY_ROW = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 COLD_TIERS: Mapping[tuple[str, str], TierOptions] = {
-    ("host", "cpu"): TierOptions(_BY_TABLE, _FUSED),
+    ("host", "cpu"): TierOptions(_BY_TABLE, _FUSED, on_host=True),
+    ("host", "cuda"): TierOptions(_BY_TABLE, _FUSED, on_host=True),
     ("uvm", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM.value,)),
     ("uvm_caching", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,)),
 }
+_CACHE_SLOT_BYTES = 20  # FBGEMM 1.6 to 1.8: the cached row's index and its time (int64 each), and its lock (int32)
 DEFAULT_COLD_TIER: Mapping[str, str] = {"cpu": "host", "cuda": "uvm_caching"}
 # Replicated rows are on every rank; what stands there is for the homes of all-hot tables. TorchRec shards no pooled table by row on a CPU.
 HOT_TIERS: Mapping[tuple[str, str], TierOptions] = {
@@ -73,8 +83,43 @@ def hot_options(hot_tier: str, device_type: str) -> TierOptions:
     return HOT_TIERS[hot_tier, device_type]
 
 
+def cold_cache(placement: RowPlacement, options: TierOptions, cache_bytes: int | None, world_size: int) -> CacheParams | None:
+    """How the rows of a cold tier behind UVM caching are cached: LRU, prefetched into by the pipeline.
+
+    Args:
+        placement: where the rows live.
+        options: what the cold tier may be.
+        cache_bytes: fast memory per rank for cached rows with FBGEMM's 20 bytes of bookkeeping each; None leaves TorchRec's default, a
+            fifth of all rows.
+        world_size: ranks that share the tables.
+
+    Returns:
+        What tables get whose constraints say nothing; None where nothing is cached.
+
+    Raises:
+        PlannerError: bytes are given, and nothing is cached or they are not above 0.
+    """
+    if options.kernels != (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,):
+        if cache_bytes is not None:
+            raise input_error(f"cold_cache_bytes={cache_bytes}, but the cold tier has no cache; use cold_tier='uvm_caching', or give none")
+        return None
+    load_factor = None
+    if cache_bytes is not None:
+        if cache_bytes <= 0:
+            raise input_error(
+                f"cold_cache_bytes must be above 0, received {cache_bytes}; leave it out for TorchRec's default, or use cold_tier='uvm'"
+            )
+        cold = [table for table in placement.tables if placement.kind(table.name) is not TableKind.HOT]
+        whole = sum(table.rows * (table.weight_bytes + _CACHE_SLOT_BYTES) for table in cold)
+        load_factor = min(1.0, cache_bytes * world_size / whole) if whole else None
+    return CacheParams(algorithm=CacheAlgorithm.LRU, load_factor=load_factor, prefetch_pipeline=True)
+
+
 def cold_constraints(
-    placement: RowPlacement, options: TierOptions, given: Mapping[str, ParameterConstraints] | None = None
+    placement: RowPlacement,
+    options: TierOptions,
+    given: Mapping[str, ParameterConstraints] | None = None,
+    cache: CacheParams | None = None,
 ) -> dict[str, ParameterConstraints]:
     """Constraints under which the stock planner plans the cold tier.
 
@@ -83,6 +128,7 @@ def cold_constraints(
         options: what the cold tier may be.
         given: the user's own constraints by table; their sharding types and kernels are kept where the tier allows them, and those of
             tables that the placement does not know as they are.
+        cache: how tables are cached whose constraints do not say (`cold_cache`).
 
     Raises:
         PlannerError: the given constraints leave a table nothing to choose.
@@ -94,6 +140,7 @@ def cold_constraints(
         constraint = copy.deepcopy(constraints.get(table.name, ParameterConstraints()))
         constraint.sharding_types = _allowed(table.name, "sharding types", constraint.sharding_types, options.sharding_types)
         constraint.compute_kernels = _allowed(table.name, "compute kernels", constraint.compute_kernels, options.kernels)
+        constraint.cache_params = constraint.cache_params or cache
         constraints[table.name] = constraint
     return constraints
 
@@ -125,10 +172,7 @@ def _no_such_tier(
     what: str, tier: str, device_type: str, tiers: Mapping[tuple[str, str], TierOptions], otherwise: str = ""
 ) -> PlannerError:
     allowed = [f"{name} on {device}" for name, device in tiers]
-    return PlannerError(
-        f"there is no {what} tier {tier!r} on device {device_type!r}; choose one of {allowed}{otherwise}",
-        PlannerErrorType.INPUT_VALIDATION,
-    )
+    return input_error(f"there is no {what} tier {tier!r} on device {device_type!r}; choose one of {allowed}{otherwise}")
 
 
 def _allowed(table: str, what: str, given: list[str] | None, offered: tuple[str, ...]) -> list[str]:

@@ -84,6 +84,7 @@ class Homes:
         hot_ids: home of each slot by table, int64 [hot rows], on the device that the ranks communicate on; only of split tables.
         owned: all-hot tables whose home is this rank's replica.
         group: the ranks of both tiers.
+        settle: brings what caches of the cold tier hold home and empties them; called before homes are read or written.
         replicated: whether every rank holds every hot row. If not, constructing is a collective.
     """
 
@@ -94,6 +95,7 @@ class Homes:
         hot_ids: Mapping[str, torch.Tensor],
         owned: Iterable[str],
         group: dist.ProcessGroup | None,
+        settle: Callable[[], None] = lambda: None,
         *,
         replicated: bool = True,
     ) -> None:
@@ -102,6 +104,7 @@ class Homes:
         self._hot_ids = hot_ids
         self._owned = set(owned)
         self._group = group
+        self._settle = settle
         self._replicated = replicated
         self._current = True
         self._layout = self._new_layout()
@@ -191,12 +194,6 @@ class Homes:
         rows = self._hot_ids[shard.table][part] - shard.row_offset
         slots = ((rows >= 0) & (rows < shard.weights.shape[0])).nonzero().squeeze(1)
         return slots, rows[slots].to(shard.weights.device)
-
-    def _settle(self) -> None:
-        """Brings cached rows of the cold tier home first, and forgets the cache: its rows may be about to change (UVM caching)."""
-        for lookup in self._cold:
-            lookup.flush()
-            lookup.purge()
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,15 @@ from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.distributed.all_hot_tables import all_hot_tables
 from fae_torchrec.distributed.fused_optimizer import Entry, HotColdFusedOptimizer, HotTierOptimizer, entry
 from fae_torchrec.distributed.homes import Homes
+from fae_torchrec.distributed.host_tier import HOST, HostTier, host_env
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.replicated import ReplicatedHotTier
+from fae_torchrec.distributed.rows_ahead import RowsAhead
 from fae_torchrec.distributed.sharded_hot_tier import ShardedHotBags, ShardedHotSequences, ShardedHotTier
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.stock_state import StockState
-from fae_torchrec.distributed.tiers import (
-    Collection,
-    FAEContext,
-    RowsAhead,
-    StockTier,
-    left_configs,
-    merged_tables,
-    optimizer_key,
-    tier_collection,
-)
+from fae_torchrec.distributed.tier_tables import Collection, left_configs, merged_tables, optimizer_key, tier_collection
+from fae_torchrec.distributed.tiers import FAEContext, StockTier
 from fae_torchrec.modules.lookups import HotGroup, TableConfig, cold_configs, hot_groups, tier_config
 from fae_torchrec.modules.model_tables import table_configs, table_weights
 from fae_torchrec.modules.tier_split import TierSplit
@@ -92,7 +86,8 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._hot = self._new_hot_tier(module, groups)
         left = left_configs(module, self.placement.tables.names)
         cold_keys = [lookup.key for lookup in self.tier_split.cold_lookups]
-        self._cold = self._new_stock_tier(module, cold_configs(configs, self.placement), cold_keys)
+        on_host = plan.cold_on_host and self._device.type != HOST.type
+        self._cold = self._new_stock_tier(module, cold_configs(configs, self.placement), cold_keys, on_host=on_host)
         self._left = self._new_stock_tier(module, left, [key for config in left for key in config.feature_names])
         cold_lookups = [lookup for tier in self._cold for lookup in tier.module._lookups]
         self._lookups = [*self._hot.lookups, *cold_lookups, *(lookup for tier in self._left for lookup in tier.module._lookups)]
@@ -113,14 +108,14 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         by_group = self.module_sharding_plan.hot_tier == "replicated"
         return groups, list(self._configs.values()), self.placement, self._device, mode, compact_above, by_group
 
-    def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
+    def _new_stock_module(self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device) -> nn.Module:
         raise NotImplementedError
 
     def _new_hot_tier(self, module: Collection, groups: list[HotGroup]) -> ReplicatedHotTier | ShardedHotTier:
         pooled = self.prefix == "embedding_bags"
         if self.module_sharding_plan.hot_tier != "replicated":
             hot = [tier_config(self._configs[name], rows) for group in groups for name, rows in group.tables]
-            stock = self._new_stock_module(tier_collection(module, hot), dict(self.module_sharding_plan.hot))
+            stock = self._new_stock_module(tier_collection(module, hot), dict(self.module_sharding_plan.hot), self._env, self._device)
             return (ShardedHotBags if pooled else ShardedHotSequences)(stock, groups, self._env.process_group, self._device)
         codecs = (self.qcomm_codecs_registry or {}).get(self.gradient_comm.name)
         return ReplicatedHotTier(
@@ -133,15 +128,21 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
             codec=codecs.backward if codecs else None,
         )
 
-    def _new_stock_tier(self, module: Collection, configs: list[TableConfig], keys: list[str]) -> list[StockTier]:
+    def _new_stock_tier(self, module: Collection, configs: list[TableConfig], keys: list[str], *, on_host: bool = False) -> list[StockTier]:
         """A stock tier as a list of one, or of none where it has no table."""
         if not configs:
             return []
         plan = {config.name: self.module_sharding_plan[config.name] for config in configs}
-        return [StockTier(self._new_stock_module(tier_collection(module, configs), plan), configs, keys)]
+        env, device = (host_env(self._env), HOST) if on_host else (self._env, self._device)
+        stock = self._new_stock_module(tier_collection(module, configs), plan, env, device)
+        return [(HostTier if on_host else StockTier)(stock, configs, keys)]
 
     def _stock_tiers(self) -> list[StockTier]:
         return [*self._cold, *self._left]
+
+    def _settle(self) -> None:
+        for tier in self._cold:
+            tier.settle()
 
     def _init_state(self, cold_lookups: list[nn.Module]) -> None:
         """Prepares saving and loading, and starts the tiers alike: hot rows as their homes, replicas as their owner's."""
@@ -153,7 +154,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         owned = {name: table for name, table in self._all_hot.items() if table.owned}
         split = [name for name, kind in self._kinds.items() if kind is TableKind.SPLIT]
         hot_ids = {name: torch.as_tensor(self.placement.hot_ids[name]).to(self._device) for name in split}
-        self._homes = Homes(self._hot.tables, cold_lookups, hot_ids, owned, group, replicated=replicated)
+        self._homes = Homes(self._hot.tables, cold_lookups, hot_ids, owned, group, self._settle, replicated=replicated)
         stock = [(tier.module, tier.tables) for tier in self._stock_tiers()]
         if isinstance(self._hot, ShardedHotTier):
             stock.append((self._hot.module, list(hot_tables)))
@@ -227,13 +228,15 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         hot_input, *rest = list(inputs)
         cold = left = None
         for tier in self._cold if ctx.cold is not None else []:
+            assert ctx.cold is not None
             if ctx.ahead is not None and ctx.ahead.loads == self._loads:
                 cold = ctx.ahead.take(step)
             else:
-                cold = tier.module.compute_and_output_dist(ctx.cold, KJTList(rest[: tier.num_inputs]))
+                cold = tier.look_up(ctx.cold, rest[: tier.num_inputs])
             rest = rest[tier.num_inputs :]
         for tier in self._left:
-            left = tier.module.compute_and_output_dist(ctx.left, KJTList(rest))
+            assert ctx.left is not None
+            left = tier.look_up(ctx.left, rest)
         return self._hot.forward(hot_input, step), cold, left
 
     def wait_for_hot(self, sums: Awaitable[torch.Tensor]) -> torch.Tensor:
@@ -285,15 +288,21 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         for tier in self._stock_tiers():
             if tier in self._cold and len(rest) == left_inputs:
                 continue  # a hot batch
-            tier.module.prefetch(KJTList(rest[: tier.num_inputs]), forward_stream)
+            tier.prefetch(rest[: tier.num_inputs], forward_stream)
             rest = rest[tier.num_inputs :]
 
-    def look_ahead(self, ctx: FAEContext, dist_input: KJTList, forward_stream: torch.Stream | None = None) -> None:
-        """Brings a coming batch's cold rows before its turn. Nothing changes as long as only hot batches are trained on until then.
+    @property
+    def prefetches(self) -> bool:
+        """Whether the cold tier has caches that are prefetched into (UVM caching with `prefetch_pipeline`)."""
+        return any(tier.cache.prefetches for tier in self._cold)
 
-        On the CPU: looks them up and starts their output dist, a collective; `compute_and_output_dist` takes what comes. Rows from before
-        weights were loaded are looked up again. On CUDA (not yet run there): the stock prefetch into the cache of UVM caching, which writes
-        back what it evicts; local, and taken back by `forget_prefetched`.
+    def look_ahead(self, ctx: FAEContext, dist_input: KJTList, forward_stream: torch.Stream | None = None) -> None:
+        """Brings a coming batch's cold rows before its turn.
+
+        On the CPU: looks them up and starts their output dist, a collective; `compute_and_output_dist` takes what comes. Right as long as
+        only hot batches are trained on until then; rows from before weights were loaded are looked up again. On CUDA: the stock prefetch
+        into the cache of UVM caching, on the current stream; local, taken back by `forget_prefetched`, and right whatever is trained on
+        until then, as long as one coming batch at a time is prefetched, after the forward of the cold batch before it.
 
         Args:
             ctx: of the coming batch.
@@ -301,7 +310,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
             forward_stream: where its forward will run; CUDA only.
         """
         for tier in self._cold if ctx.cold is not None else []:
-            inputs = KJTList(list(dist_input)[1 : 1 + tier.num_inputs])
+            inputs = list(dist_input)[1 : 1 + tier.num_inputs]
             if self._device.type == "cpu":
                 assert ctx.cold is not None
                 ctx.ahead = RowsAhead(self._loads, self._steps.resume)
@@ -310,9 +319,9 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
                 tier.prefetch(inputs, forward_stream)
 
     def forget_prefetched(self) -> None:
-        """Takes back what `look_ahead` has prefetched, before the cold tier serves another batch; see `StockTier.forget_prefetched`."""
-        for tier in self._cold:
-            tier.forget_prefetched()
+        """Takes back what was prefetched, before the stock tiers serve another batch; see `RowCache.forget`."""
+        for tier in self._stock_tiers():
+            tier.cache.forget()
 
     def create_context(self) -> FAEContext:
         """An empty context for one batch."""
@@ -331,7 +340,8 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
     @property
     def _input_dists(self) -> list[nn.Module]:
         """The stock tiers' input dists: TorchRec's pipelines fuse their splits exchange."""
-        return [input_dist for tier in self._stock_tiers() for input_dist in tier.module._input_dists]
+        tiers = [tier for tier in self._stock_tiers() if not isinstance(tier, HostTier)]  # no device takes part in the host's exchange
+        return [input_dist for tier in tiers for input_dist in tier.module._input_dists]
 
     @_input_dists.setter
     def _input_dists(self, value: list[nn.Module]) -> None:

@@ -37,6 +37,18 @@ def cold_tables(placement: RowPlacement) -> Callable[[Parameters], Parameters]:
     return lambda parameters: {name: parameter for name, parameter in parameters.items() if name not in all_hot}
 
 
+def left_tables(placement: RowPlacement) -> Callable[[Parameters], Parameters]:
+    """A view of the tables that the placement does not know."""
+    placed = set(placement.tables.names)
+    return lambda parameters: {name: parameter for name, parameter in parameters.items() if name not in placed}
+
+
+def only_cold_tables(placement: RowPlacement) -> Callable[[Parameters], Parameters]:
+    """A view of the tables that the cold tier holds."""
+    cold = {table.name for table in placement.tables if placement.kind(table.name) is not TableKind.HOT}
+    return lambda parameters: {name: parameter for name, parameter in parameters.items() if name in cold}
+
+
 def hot_rows(placement: RowPlacement) -> Callable[[Parameters], Parameters]:
     """A view of the hot rows [hot rows, dim] as tables of their own."""
     rows = {table.name: placement.hot_rows(table.name) for table in placement.tables}

@@ -23,18 +23,21 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         hot_tier: "replicated", "table_wise" or "row_wise".
         hot: sharding of the hot rows [hot rows, dim] by table, for hot and split tables; nothing if they are replicated.
         compact_index_above_rows: see `new_slot_index`.
+        cold_on_host: whether the cold tier's kernels run on the CPU, whatever device the ranks train on.
 
     Attributes:
         placement: as given.
         hot_tier: as given.
         hot: as given.
         compact_index_above_rows: as given.
+        cold_on_host: as given.
     """
 
     placement: RowPlacement
     hot_tier: str
     hot: EmbeddingModuleShardingPlan
     compact_index_above_rows: int
+    cold_on_host: bool
 
     def __init__(
         self,
@@ -43,10 +46,12 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         hot_tier: str = "replicated",
         hot: Mapping[str, ParameterSharding] | None = None,
         compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
+        cold_on_host: bool = False,
     ) -> None:
         super().__init__(homes)
         self.placement, self.hot_tier, self.hot = placement, hot_tier, EmbeddingModuleShardingPlan(hot or {})
         self.compact_index_above_rows = compact_index_above_rows
+        self.cold_on_host = cold_on_host
 
     def __bool__(self) -> bool:
         """Always true, as long as DistributedModelParallel takes a false plan for none."""

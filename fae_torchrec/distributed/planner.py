@@ -12,14 +12,15 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan, ShardingPlanner
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ParameterSharding, ShardingPlan, ShardingPlanner
 
 from fae_torchrec.core.errors import FingerprintError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind, TableSet, TableSpec
 from fae_torchrec.distributed import hot_plan
-from fae_torchrec.distributed.constraints import TierOptions, cold_constraints, cold_options, hot_constraints, hot_options
+from fae_torchrec.distributed.constraints import TierOptions, cold_cache, cold_constraints, cold_options, hot_constraints, hot_options
 from fae_torchrec.distributed.fast_memory import fast_memory_bytes, left_of
+from fae_torchrec.distributed.input_error import input_error
 from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.refusals import (
@@ -60,12 +61,14 @@ class FAEShardingPlanner(ShardingPlanner):
         topology: as for EmbeddingShardingPlanner. Default: this process group on CUDA if there is any, else CPU.
         batch_size: per rank.
         constraints: as for EmbeddingShardingPlanner, by table.
-        cold_tier: "host", "uvm", "uvm_caching" or "auto" (CPU: host; CUDA: uvm_caching).
+        cold_tier: "host" (looked up on the CPU), "uvm", "uvm_caching" or "auto" (CPU: host; CUDA: uvm_caching).
         hot_tier: "replicated" (every rank holds every hot row), "table_wise" or, on CUDA, "row_wise" (the stock planner spreads the hot
             rows over the ranks, for hot sets larger than one device).
         stock_tables: names of tables left to stock sharding; the placement does not know them.
         compact_index_above_rows: rows of a collection above which its index from id to slot is a bitmap (1.5 bits a row) instead of a plain
             array (4 bytes a row, faster).
+        cold_cache_bytes: fast memory per rank for the cache of cold rows (`uvm_caching`); None: TorchRec's default, a fifth of all rows.
+            Make it hold the cold rows of two batches at least. Tables whose constraints have `cache_params` keep these.
         **stock: further arguments of EmbeddingShardingPlanner (`storage_reservation`, `proposer`, `partitioner`, `stats`, ...).
 
     Raises:
@@ -82,6 +85,7 @@ class FAEShardingPlanner(ShardingPlanner):
         hot_tier: str = "replicated",
         stock_tables: Iterable[str] = (),
         compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
+        cold_cache_bytes: int | None = None,
         **stock: Any,
     ) -> None:
         self._placement = placement
@@ -93,14 +97,14 @@ class FAEShardingPlanner(ShardingPlanner):
         self._cold_options = cold_options(cold_tier, self._topology.compute_device)
         self._hot_options = hot_options(hot_tier, self._topology.compute_device)
         check_constraints(placement, constraints or {})
-        self._cold_constraints = cold_constraints(placement, self._cold_options, constraints)
+        cache = cold_cache(placement, self._cold_options, cold_cache_bytes, self._topology.world_size)
+        self._cold_constraints = cold_constraints(placement, self._cold_options, constraints, cache)
         self._hot_constraints = hot_constraints(placement, self._hot_options, constraints)
         both = sorted(set(self._stock_tables) & set(placement.tables.names))
         if both:
-            raise PlannerError(
+            raise input_error(
                 f"stock_tables {both} are tables of the row placement {placement.fingerprint}; a table is either placed or left to stock "
-                "sharding: take the names out of stock_tables, or make the placement without these tables (model_tables(model, leave=...))",
-                PlannerErrorType.INPUT_VALIDATION,
+                "sharding: take the names out of stock_tables, or make the placement without these tables (model_tables(model, leave=...))"
             )
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
@@ -139,9 +143,8 @@ class FAEShardingPlanner(ShardingPlanner):
         sharders = get_fae_sharders() if sharders is None else sharders
         pg = pg or dist.group.WORLD
         if pg is None:
-            raise PlannerError(
-                "collective_plan needs a process group and none is initialized; call torch.distributed.init_process_group, or use plan()",
-                PlannerErrorType.INPUT_VALIDATION,
+            raise input_error(
+                "collective_plan needs a process group and none is initialized; call torch.distributed.init_process_group, or use plan()"
             )
         self._check_same_placement(pg)  # first: with the same placement, the ranks fail or pass alike
         collections = self._checked(module, sharders)
@@ -157,17 +160,40 @@ class FAEShardingPlanner(ShardingPlanner):
         hot = ShardingPlan({}) if replicated else self._plan_hot_rows(module, sharders, placed)
         rows = _by_table(hot, collections)
         topology = left_of(self._topology, lambda rank: fast_memory_bytes(self._placement, placed, rows, rank, self._compact_above))
-        view = hot_plan.cold_tables(self._placement)
-        shown = [hot_plan.showing(sharder, view) if _is_ours(sharder) else sharder for sharder in sharders]
         planner = EmbeddingShardingPlanner(topology=topology, constraints=self._cold_constraints, **self._stock)
-        return hot, planner.plan(module, shown)
+        if self._cold_beside_device:
+            rest = planner.plan(module, self._showing(sharders, hot_plan.left_tables(self._placement)))
+            return hot, _merged(rest, self._plan_on_host(module, sharders))
+        return hot, planner.plan(module, self._showing(sharders, hot_plan.cold_tables(self._placement)))
+
+    @property
+    def _cold_beside_device(self) -> bool:
+        """Whether the cold tier's kernels run on the CPU while the ranks train on another device."""
+        return self._cold_options.on_host and self._topology.compute_device != "cpu"
+
+    @staticmethod
+    def _showing(sharders: list[ModuleSharder[nn.Module]], view: Any, others: Any = None) -> list[ModuleSharder[nn.Module]]:
+        """The sharders, ours with a view of their parameters, and the others with one too if it is given."""
+        views = [(sharder, view if _is_ours(sharder) else others) for sharder in sharders]
+        return [sharder if view is None else hot_plan.showing(sharder, view) for sharder, view in views]
+
+    def _plan_on_host(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
+        """The stock plan of the cold tables as tables of a machine without accelerators."""
+        host = Topology(
+            world_size=self._topology.world_size,
+            local_world_size=self._topology.local_world_size,
+            compute_device="cpu",
+            ddr_cap=min(device.storage.ddr for device in self._topology.devices),
+        )
+        stock = {name: value for name, value in self._stock.items() if name not in _COLD_ONLY}
+        shown = self._showing(sharders, hot_plan.only_cold_tables(self._placement), hot_plan.nothing)
+        return EmbeddingShardingPlanner(topology=host, constraints=self._cold_constraints, **stock).plan(module, shown)
 
     def _plan_hot_rows(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], placed: list[tuple[TableSpec, ...]]
     ) -> ShardingPlan:
         index = {"index": fast_memory_bytes(self._placement, placed, compact_index_above_rows=self._compact_above)["index"]}
-        view = hot_plan.hot_rows(self._placement)
-        shown = [hot_plan.showing(sharder, view if _is_ours(sharder) else hot_plan.nothing) for sharder in sharders]
+        shown = self._showing(sharders, hot_plan.hot_rows(self._placement), hot_plan.nothing)
         stock = {name: value for name, value in self._stock.items() if name not in _COLD_ONLY}
         topology = left_of(self._topology, lambda _: index)
         return EmbeddingShardingPlanner(topology=topology, constraints=self._hot_constraints, **stock).plan(module, shown)
@@ -191,6 +217,7 @@ class FAEShardingPlanner(ShardingPlanner):
                     self._hot_tier,
                     {table.name: hot_rows[table.name] for table in collection.placed if table.name in hot_rows},
                     self._compact_above,
+                    self._cold_options.on_host,
                 )
         return ShardingPlan(plan)
 
@@ -229,10 +256,7 @@ class FAEShardingPlanner(ShardingPlanner):
         known = {config.name for _, part in modules for inner in part.modules() for config in table_configs(inner)}
         unknown = sorted(set(self._stock_tables) - known)
         if unknown:
-            raise PlannerError(
-                f"stock_tables {unknown} are not tables of the model, which has {sorted(known)}; correct the names",
-                PlannerErrorType.INPUT_VALIDATION,
-            )
+            raise input_error(f"stock_tables {unknown} are not tables of the model, which has {sorted(known)}; correct the names")
 
     def _check_tables(self, tables: TableSet) -> None:
         try:
@@ -267,6 +291,12 @@ class FAEShardingPlanner(ShardingPlanner):
 
 def _is_ours(sharder: ModuleSharder[nn.Module]) -> bool:
     return isinstance(sharder, FAEEmbeddingBagCollectionSharder | FAEEmbeddingCollectionSharder)
+
+
+def _merged(one: ShardingPlan, other: ShardingPlan) -> ShardingPlan:
+    """Two plans of different tables as one."""
+    paths = [*one.plan, *(path for path in other.plan if path not in one.plan)]
+    return ShardingPlan({path: EmbeddingModuleShardingPlan({**one.plan.get(path, {}), **other.plan.get(path, {})}) for path in paths})
 
 
 def _by_table(plan: ShardingPlan, collections: Iterable[_Collection]) -> dict[str, ParameterSharding]:

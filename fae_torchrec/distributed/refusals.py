@@ -7,13 +7,14 @@ from typing import Any
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer, TableSpec
+from fae_torchrec.distributed.input_error import input_error
 from fae_torchrec.modules.model_tables import COLLECTIONS, DTYPES, OPTIMIZERS, optimizer_mark, table_configs, table_weights
 
 _TO_STOCK = "leave the table to stock sharding (stock_tables), or plan this model with EmbeddingShardingPlanner"
@@ -74,16 +75,14 @@ def check_not_ours(path: str, module: nn.Module, placement: RowPlacement) -> Non
     if not placed:
         return
     if type(module) in COLLECTIONS:
-        raise PlannerError(
+        raise input_error(
             f"the sharders hold no FAE{type(module).__name__}Sharder, so nothing could build the hot tier of {placed} in "
-            f"{path or 'the model'}; pass get_fae_sharders()",
-            PlannerErrorType.INPUT_VALIDATION,
+            f"{path or 'the model'}; pass get_fae_sharders()"
         )
-    raise PlannerError(
+    raise input_error(
         f"tables {placed} of the placement belong to {path or 'the model'}, a {type(module).__name__}, which TorchRec shards as a whole: "
         "hot/cold tables support no feature processors, managed collisions, quantized or fused collections; make the placement without "
-        "these tables (model_tables leaves them out) and stock sharding keeps them, or plan this model with EmbeddingShardingPlanner",
-        PlannerErrorType.INPUT_VALIDATION,
+        "these tables (model_tables leaves them out) and stock sharding keeps them, or plan this model with EmbeddingShardingPlanner"
     )
 
 
@@ -151,10 +150,9 @@ def check_optimizer(table: TableSpec, device_type: str) -> None:
     """
     if device_type == "cpu" and _cpu_kernel_lacks(table.optimizer):
         have = sorted(optimizer.value for optimizer in Optimizer if not _cpu_kernel_lacks(optimizer))
-        raise PlannerError(
+        raise input_error(
             f"table {table.name!r} is optimized by {table.optimizer.value}, for which FBGEMM 1.8 has no fused kernel on the CPU (neither "
-            f"has stock sharding: it fails with a bare assertion); choose one of {have}, or train on cuda",
-            PlannerErrorType.INPUT_VALIDATION,
+            f"has stock sharding: it fails with a bare assertion); choose one of {have}, or train on cuda"
         )
 
 
@@ -216,4 +214,4 @@ def _cpu_kernel_lacks(optimizer: Optimizer) -> bool:
 
 
 def _refusal(what: str, remedy: str = _TO_STOCK) -> PlannerError:
-    return PlannerError(f"{what}; {remedy}", PlannerErrorType.INPUT_VALIDATION)
+    return input_error(f"{what}; {remedy}")

@@ -111,7 +111,9 @@ class ReplicatedHotTier:
         self._codec = codec
         self._device = device
         # TierSplit has brought the ids into bounds, table by table: in a merged table a wrong id would be another table's row.
-        params = {**(fused_params or {}), "bounds_check_mode": BoundsCheckMode.NONE, "gradient_clipping": False}
+        # Nothing is cached here: `prefetch_pipeline`, meant for the cold tier, would make the backward look for cache locations.
+        own = {"bounds_check_mode": BoundsCheckMode.NONE, "gradient_clipping": False, "prefetch_pipeline": False}
+        params = {**(fused_params or {}), **own}
         if self.group is not None:
             # Stochastic rounding (half precision on CUDA) draws on each rank's own random numbers: the replicas would drift apart.
             params["stochastic_rounding"] = False
@@ -142,9 +144,7 @@ class ReplicatedHotTier:
             before any further collective. Second wait: what the lookup takes.
         """
         if self.group is None:
-            if promised_hot:
-                check_promise(ids.misses.tolist(), [True])
-            return NoWait(NoWait(HotInput(ids.hot, [], None)))
+            return _OwnInputAwaitable(ids, promised_hot)
         slots, own = zip(*(_own_rows(bags) for bags in ids.hot), strict=True)
         exchange = exchange_touched_rows(
             list(slots), ids.misses, promised_hot=promised_hot, group=self.group, may_reduce=self._codec is None
@@ -222,6 +222,19 @@ class ReplicatedHotTier:
                 with torch.enable_grad():
                     looked_up = kernel(slots, torch.arange(slots.numel() + 1, device=slots.device))
                 looked_up.backward(grads)
+
+
+class _OwnInputAwaitable(Awaitable[Awaitable[HotInput]]):
+    """A single rank's input. The promise is looked at when waited for: by then the device has counted, and nobody waits for it."""
+
+    def __init__(self, ids: TieredIds, promised_hot: bool) -> None:
+        super().__init__()
+        self._ids, self._promised_hot = ids, promised_hot
+
+    def _wait_impl(self) -> Awaitable[HotInput]:
+        if self._promised_hot:
+            check_promise(self._ids.misses.tolist(), [True])
+        return NoWait(HotInput(self._ids.hot, [], None))
 
 
 class _InputAwaitable(Awaitable[Awaitable[HotInput]]):

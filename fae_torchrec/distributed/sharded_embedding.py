@@ -9,12 +9,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import KJTList
-from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable
+from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
-from fae_torchrec.distributed.tiers import Collection, FAEContext
+from fae_torchrec.distributed.tier_tables import Collection
+from fae_torchrec.distributed.tiers import FAEContext
 from fae_torchrec.modules.lookups import HotGroup, stock_names
 from fae_torchrec.modules.sequence_split import SequenceIds, SequenceSplit, join_rows
 
@@ -39,9 +40,9 @@ class ShardedFAEEmbeddingCollection(ShardedHotColdModule):
     def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> SequenceSplit:
         return SequenceSplit(*self._split_args(groups, mode))
 
-    def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
+    def _new_stock_module(self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device) -> nn.Module:
         module: nn.Module = ShardedEmbeddingCollection(
-            collection, plan, self._env, self._fused_params, self._device, self.qcomm_codecs_registry, module_fqn=self._module_fqn
+            collection, plan, env, self._fused_params, device, self.qcomm_codecs_registry, module_fqn=self._module_fqn
         )
         return module
 

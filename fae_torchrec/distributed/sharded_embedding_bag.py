@@ -9,12 +9,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable, LazyGetItemMixin
+from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable, LazyGetItemMixin, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
-from fae_torchrec.distributed.tiers import Collection, FAEContext
+from fae_torchrec.distributed.tier_tables import Collection
+from fae_torchrec.distributed.tiers import FAEContext
 from fae_torchrec.modules.bag_split import BagSplit
 from fae_torchrec.modules.lookups import HotGroup, stock_names
 from fae_torchrec.modules.pooling import TierJoin
@@ -40,9 +41,9 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
     def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> BagSplit:
         return BagSplit(*self._split_args(groups, mode))
 
-    def _new_stock_module(self, collection: Collection, plan: dict[str, Any]) -> nn.Module:
+    def _new_stock_module(self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device) -> nn.Module:
         module: nn.Module = ShardedEmbeddingBagCollection(
-            collection, plan, self._env, self._fused_params, self._device, self.qcomm_codecs_registry, self._module_fqn
+            collection, plan, env, self._fused_params, device, self.qcomm_codecs_registry, self._module_fqn
         )
         return module
 
@@ -69,7 +70,7 @@ class _BagsAwaitable(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTen
 
     def _wait_impl(self) -> KeyedTensor:
         module, ids = self._module, self._ids
-        cold = None if self._cold is None else self._cold.wait().values()
+        cold = None if self._cold is None else self._cold.wait().values().to(module._device)
         joined = module.tier_join.keyed(
             module.clip_gradient(module.tier_join(module.wait_for_hot(self._hot), cold, ids.cold_at, ids.lengths))
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.modules.tier_split import TieredIds, TierSplit, hot_alone
 
 
@@ -57,8 +57,8 @@ class BagSplit(TierSplit):
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> TieredIds:
         """Splits one batch.
 
-        Host synchronisations on CUDA: two where cold ids are looked for, one where there are several groups, and one where there are as
-        many ids as bags, to see whether every bag has one: then most of the work falls away.
+        Host synchronisations on CUDA: one where cold ids are looked for, a second one if as many ids as bags turn out not to be one a
+        bag; none for a batch promised to be hot.
 
         Args:
             features: raw ids [F features, B samples], any integer dtype, weights kept; features that no table uses are ignored.
@@ -68,24 +68,29 @@ class BagSplit(TierSplit):
             DataError: a feature of a table is missing, or the batch has a variable stride.
         """
         values, lengths, weights = self._in_order(features)
-        order = self._order(features.stride(), lengths)
-        one_each = values.numel() == lengths.numel() and torch.equal(lengths, order.ones)
+        samples, sizes = features.stride(), self._sizes(features)
+        order = self._order(samples, lengths)
+        one_each = self._one_each(features, values, lengths, order)
         offsets = order.one_each if one_each else torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
         slots = self._find(values, offsets)
         misses = (slots < 0).sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
         cold = cold_at = None
         if not promised_hot and self.cold_lookups:
-            pack = self._pack_one_each if one_each else self._pack_bags
-            cold, cold_at = pack(values, offsets, weights, slots, features.stride())
+            one_each, counts = self._count_one_each(slots, lengths, one_each, samples)
+            if one_each:
+                cold, cold_at = self._pack_one_each(values, weights, slots, samples, counts)
+            else:
+                cold, cold_at = self._pack_bags(values, offsets, weights, slots, samples)
         if not self._by_group:
             hot = [hot_alone(slots, lengths, weights)]
         elif one_each:
-            hot = self._by_groups(order.turned(slots), offsets, None if weights is None else order.turned(weights), order.first)
+            turned = None if weights is None else order.turned(weights)
+            hot = self._by_groups(order.turned(slots), order.one_each, turned, order.first, order.first)
         else:
             lengths_then, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(order.bags, lengths, slots, weights, slots.numel())
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths_then.to(torch.int64))
-            hot = self._by_groups(slots, offsets, weights, order.first)
-        whole = lengths.view(len(self.lookups), features.stride()).t() if self._any_mean else None
+            hot = self._by_groups(slots, offsets, weights, order.first, sizes)
+        whole = lengths.view(len(self.lookups), samples).t() if self._any_mean else None
         return TieredIds(hot, cold, cold_at, misses, whole)
 
     def _order(self, samples: int, lengths: torch.Tensor) -> _BagOrder:
@@ -97,8 +102,33 @@ class BagSplit(TierSplit):
             self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, lengths)
         return self._orders[key]
 
+    def _sizes(self, features: KeyedJaggedTensor) -> list[int]:
+        """Ids before each group, and all: as many as `first_bags` of `_by_groups`. The host knows them, or asks the device."""
+        if len(self.groups) == 1:
+            return []
+        of = dict(zip(features.keys(), features.length_per_key(), strict=True))
+        return list(accumulate((sum(of[lookup.feature] for lookup in group.lookups) for group in self.groups), initial=0))
+
+    def _one_each(self, features: KeyedJaggedTensor, values: torch.Tensor, lengths: torch.Tensor, order: _BagOrder) -> bool | None:
+        """Whether every bag has one id, by which most of the work falls away; None where only the device knows."""
+        if values.numel() != lengths.numel():
+            return False
+        if isinstance(features, HotKeyedJaggedTensor) and features.one_each:
+            return True
+        return torch.equal(lengths, order.ones) if lengths.device.type == "cpu" else None
+
+    def _count_one_each(self, slots: torch.Tensor, lengths: torch.Tensor, one_each: bool | None, samples: int) -> tuple[bool, list[int]]:
+        """Whether every bag has one id and, if so, the cold ids of each cold lookup: all that the host asks, at once."""
+        if one_each is False:
+            return False, []
+        counts = (slots.view(len(self.lookups), samples).index_select(0, self.cold_rows) < 0).sum(1)
+        if one_each:
+            return True, counts.tolist()
+        many, *counted = torch.cat([(lengths != 1).sum().view(1), counts]).tolist()
+        return not many, counted
+
     def _pack_one_each(
-        self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, slots: torch.Tensor, samples: int
+        self, values: torch.Tensor, weights: torch.Tensor | None, slots: torch.Tensor, samples: int, counts: list[int]
     ) -> tuple[KeyedJaggedTensor, torch.Tensor]:
         """`_pack_bags` where every bag has one id: only lookups that may be cold are looked at, and an id's place is its bag's."""
         of_cold = [
@@ -106,32 +136,29 @@ class BagSplit(TierSplit):
             for x in (slots, values, weights)
         ]
         assert of_cold[0] is not None and of_cold[1] is not None
-        bags = (of_cold[0] < 0).nonzero().squeeze(1)
-        before = torch.searchsorted(bags, self.lookup_numbers[: len(self.cold_lookups) + 1] * samples).tolist()
-        counts = [last - first for first, last in pairwise(before)]
+        bags = torch.nonzero_static(of_cold[0] < 0, size=sum(counts)).squeeze(1)
         ids = of_cold[1].index_select(0, bags), None if of_cold[2] is None else of_cold[2].index_select(0, bags)
-        return self._packed(bags, torch.ones_like(bags, dtype=torch.int32), range(len(counts)), before, ids, counts, samples)
+        return self._packed(bags, torch.ones_like(bags, dtype=torch.int32), counts, ids, counts, samples)
 
     def _pack_bags(
         self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, slots: torch.Tensor, samples: int
     ) -> tuple[KeyedJaggedTensor, torch.Tensor]:
-        """The cold ids in packed bags, and whose sample each bag is. Everything but the search for cold ids is as large as they are few."""
-        at = (slots < 0).nonzero().squeeze(1)
-        of_bag = torch.searchsorted(offsets[1:], at, right=True)
-        bags, sizes = torch.unique_consecutive(of_bag, return_counts=True)
-        # Per lookup, the bags that hold a cold id and the cold ids, as counts of those before it.
-        first_bags = self.lookup_numbers * samples
-        bags_before, ids_before = torch.stack([torch.searchsorted(x, first_bags) for x in (bags, of_bag)]).tolist()
-        counts = [ids_before[i + 1] - ids_before[i] for i in self._cold]
+        """The cold ids in packed bags, and whose sample each bag is."""
+        is_cold = slots < 0
+        before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_cold.to(torch.int64)).index_select(0, offsets)  # cold ids before each bag
+        of_bag = before.diff().view(len(self.lookups), samples).index_select(0, self.cold_rows)
+        bag_counts, counts = torch.stack([(of_bag > 0).sum(1), of_bag.sum(1)]).tolist()
+        at = torch.nonzero_static(is_cold, size=sum(counts)).squeeze(1)
+        sizes = of_bag.view(-1)
+        bags = torch.nonzero_static(sizes, size=sum(bag_counts)).squeeze(1)
         ids = values.index_select(0, at), None if weights is None else weights.index_select(0, at)
-        return self._packed(bags, sizes.to(torch.int32), self._cold, bags_before, ids, counts, samples)
+        return self._packed(bags, sizes.index_select(0, bags).to(torch.int32), bag_counts, ids, counts, samples)
 
     def _packed(
         self,
         bags: torch.Tensor,
         sizes: torch.Tensor,
-        lookups: Sequence[int],
-        before: list[int],
+        bag_counts: list[int],
         ids: tuple[torch.Tensor, torch.Tensor | None],
         counts: list[int],
         samples: int,
@@ -139,24 +166,22 @@ class BagSplit(TierSplit):
         """Moves the bags that hold a cold id to the front of their lookup.
 
         Args:
-            bags: int64 [bags], ascending: lookup x samples + sample.
+            bags: int64 [bags], ascending: cold lookup x samples + sample.
             sizes: int32 [bags], cold ids of each.
-            lookups: the cold lookups, as `bags` numbers them.
-            before: of these bags, those before each lookup, and all.
+            bag_counts: of these bags, those of each cold lookup.
             ids: the cold ids and their weights, lookup by lookup.
             counts: cold ids of each cold lookup.
             samples: of the batch.
         """
-        width, device = max(1, *(before[i + 1] - before[i] for i in lookups)), bags.device
-        # Bag i of a lookup's goes to place i of its `width`: by the lookup, as far as that is from its place among all bags that hold one.
-        shift = [0] * (len(before) - 1)
-        for number, i in enumerate(lookups):
-            shift[i] = number * width - before[i]
-        lookup = torch.div(bags, max(samples, 1), rounding_mode="floor")
-        place = torch.tensor(shift, device=device).index_select(0, lookup).add_(torch.arange(bags.numel(), device=device))
-        lengths = torch.zeros(len(lookups) * width, dtype=torch.int32, device=device).index_copy_(0, place, sizes)
+        width, samples, device = max(1, *bag_counts), max(samples, 1), bags.device
+        lookup = torch.div(bags, samples, rounding_mode="floor")
+        # Bag i of a lookup goes to place i of its `width`: by the lookup, as far as that is from its place among all bags that hold one.
+        first = torch.searchsorted(bags, self.lookup_numbers[: len(bag_counts)] * samples)
+        shift = torch.add(first, self.lookup_numbers[: len(bag_counts)], alpha=-width).neg_()
+        place = shift.index_select(0, lookup).add_(torch.arange(bags.numel(), device=device))
+        lengths = torch.zeros(len(bag_counts) * width, dtype=torch.int32, device=device).index_copy_(0, place, sizes)
         # The empty bags are spread over the samples, so that no sample is added to by many.
-        at = torch.arange(width, device=device).repeat(len(lookups)).index_copy_(0, place, bags.remainder(max(samples, 1)))
+        at = torch.arange(width, device=device).repeat(len(bag_counts)).index_copy_(0, place, bags.remainder(samples))
         keys = [lookup.key for lookup in self.cold_lookups]
         packed = KeyedJaggedTensor(keys, *ids, lengths=lengths, stride=width, length_per_key=counts)
-        return packed, at.view(len(lookups), width)
+        return packed, at.view(len(bag_counts), width)

@@ -38,7 +38,7 @@ class SequenceSplit(TierSplit):
     """The split of an unpooled collection. Arguments: `TierSplit`."""
 
     def forward(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> SequenceIds:
-        """Splits one batch. Host synchronisations on CUDA: two where cold ids are looked for, one where there are several groups.
+        """Splits one batch. Host synchronisations on CUDA: one where cold ids are looked for, none for a batch promised to be hot.
 
         Args:
             features: raw ids [F features, B samples], any integer dtype; weights, and features that no table uses, are ignored.
@@ -59,19 +59,20 @@ class SequenceSplit(TierSplit):
         misses = is_cold.sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
         cold = cold_at = None
         if not promised_hot and self.cold_lookups:
-            cold_at = is_cold.nonzero().squeeze(1)
             cold_before = torch.ops.fbgemm.asynchronous_complete_cumsum(is_cold.to(torch.int64))
             cold_lengths = cold_before.index_select(0, offsets).diff().view(lengths.shape).index_select(0, self.cold_rows)
+            cold_counts = cold_lengths.sum(1).tolist()
+            cold_at = torch.nonzero_static(is_cold, size=sum(cold_counts)).squeeze(1)
             cold = KeyedJaggedTensor(
                 [lookup.key for lookup in self.cold_lookups],
                 values.index_select(0, cold_at),
                 lengths=cold_lengths.view(-1).to(torch.int32),
                 stride=features.stride(),
-                length_per_key=cold_lengths.sum(1).tolist(),
+                length_per_key=cold_counts,
             )
         one_each = torch.arange(slots.numel() + 1, device=slots.device)
         alone = not self._by_group
-        bags = [hot_alone(slots, one_each.diff(), None)] if alone else self._by_groups(slots, one_each, None, first_bags)
+        bags = [hot_alone(slots, one_each.diff(), None)] if alone else self._by_groups(slots, one_each, None, first_bags, first_bags)
         return SequenceIds(bags, cold, cold_at, misses, lengths, counts)
 
 

@@ -187,14 +187,15 @@ class TierSplit(nn.Module):
         slots: torch.Tensor = self.index(rows)
         return slots.to(torch.int64)
 
-    def _by_groups(self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int]) -> list[HotBags]:
+    def _by_groups(
+        self, slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, first_bags: list[int], cuts: list[int]
+    ) -> list[HotBags]:
         """Cuts ids and their bag offsets into groups, slots (-1 where cold) made rows of the groups' merged tables, in place.
 
-        Group g's bags are first_bags[g]..first_bags[g + 1].
+        Group g's bags are first_bags[g]..first_bags[g + 1], its ids cuts[g]..cuts[g + 1].
         """
         if len(self.groups) == 1:
             return [HotBags(slots.add_(1), offsets, weights)]
-        cuts = offsets[torch.tensor(first_bags, device=offsets.device)].tolist()
         return [
             HotBags(
                 (slots[cuts[g] : cuts[g + 1]] - (first - 1)).clamp_(min=0),

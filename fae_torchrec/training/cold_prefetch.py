@@ -1,4 +1,4 @@
-"""Schedule-aware prefetch: the cold rows of the coming cold batch are brought in while hot batches, which never touch them, are trained."""
+"""Schedule-aware prefetch: the cold rows of the coming cold batch are brought in before its turn, over the hot batches before it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def kind_of(batch: Any) -> Kind:
 def coming_cold(kinds: Sequence[Kind]) -> int | None:
     """Place of the next batch that has cold rows: the first behind the one in training that is not hot.
 
-    Its input dist needs no row and can be made at any time. Its rows can be brought in as soon as the batch in training is hot: then all
-    before it are, and every cold row is as it will be at its turn.
+    Its input dist needs no row and can be made at any time. If the batch in training is hot, all before it are, and every cold row is as it
+    will be at its turn. If not, a cache still gets it right after that batch's forward (`RowCache`).
 
     Args:
         kinds: of the batch in training and of those behind it; the same on every rank.
@@ -37,7 +37,7 @@ class ColdPrefetch:
     """Brings the cold rows of batches in ahead of their turn; every rank calls it for the same batches at the same step.
 
     Args:
-        device: of the model. On CUDA (not yet run there) rows come into the cache of UVM caching, on a stream of their own.
+        device: of the model. On CUDA rows come into the cache of UVM caching, on a stream of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,6 +46,10 @@ class ColdPrefetch:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._brought: set[int] = set()
+
+    def caches(self, modules: Iterable[Any]) -> bool:
+        """Whether there are caches, which can be prefetched into right after the forward of a cold batch too."""
+        return self._stream is not None and any(isinstance(module, ShardedHotColdModule) and module.prefetches for module in modules)
 
     def has(self, context: TrainPipelineContext) -> bool:
         """Whether the rows of a batch are on their way already."""
@@ -62,7 +66,7 @@ class ColdPrefetch:
         assert context.index is not None
         self._brought.add(context.index)
         for module in modules:
-            if not isinstance(module, ShardedHotColdModule):
+            if not isinstance(module, ShardedHotColdModule) or (self._stream is not None and not module.prefetches):
                 continue
             name = module.forward.name
             request = context.input_dist_tensors_requests[name]
@@ -74,13 +78,12 @@ class ColdPrefetch:
             context.input_dist_tensors_requests[name] = NoWait(features)
 
     def _prefetch(self, module: ShardedHotColdModule, module_context: Any, request: Any, dist_stream: torch.Stream) -> Any:
-        """As TorchRec's `prefetch_embeddings`. For CUDA, not yet run there."""
+        """As TorchRec's `prefetch_embeddings`, and the ids and their context are kept for every stream that reads them."""
         assert self._stream is not None
         forward_stream = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(dist_stream):  # type: ignore[arg-type]
             features = request.wait()
         self._stream.wait_stream(dist_stream)
-        self._stream.wait_stream(forward_stream)  # the updates of the cold batches before
         with torch.cuda.stream(self._stream):
             for stream in (self._stream, forward_stream):
                 features.record_stream(stream)

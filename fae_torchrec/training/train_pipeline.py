@@ -47,10 +47,14 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
     With a `placement`, plain batches are re-bundled into hot and cold ones (`Rebundling`): a stock training loop need not change. All ranks
     then make the pipeline and take steps together.
 
+    On CUDA with a cold tier behind UVM caching (`prefetch_pipeline`, which FAEShardingPlanner sets), the cold rows of the next cold or
+    mixed batch are prefetched while the batch before it is trained, as PrefetchTrainPipelineSparseDist does; a hot batch needs none.
+
     With `lookahead` above 2 each of the two rounds of an input dist gets a whole step of its own to come in. Above 3 the prefetch follows
-    the schedule: the cold rows of the next cold (or mixed) batch are brought in while the hot batches before it are trained. Hot batches
-    never touch cold rows, so nothing changes. All batches taken ahead are held, with their exchanged ids. What is started when is decided
-    from the kinds alone, which are the same on every rank. `detach` before anything else uses the model, as with stock's pipelines.
+    the schedule: the cold rows of the next cold (or mixed) batch are brought in while the hot batches before it are trained, all of them.
+    Hot batches never touch cold rows, so nothing changes. All batches taken ahead are held, with their exchanged ids. What is started when
+    is decided from the kinds alone, which are the same on every rank. `detach` before anything else uses the model, as with stock's
+    pipelines.
 
     Args:
         *args: as TrainPipelineSparseDist: model, optimizer, device, ...
@@ -195,16 +199,19 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
 
     def _look_ahead(self) -> None:
         """Takes each batch in the queue one stage on, so that whatever is waited for was started a step ago."""
-        coming = coming_cold([kind_of(batch) for batch in self.batches])
-        if coming is not None and kind_of(self.batches[0]) == "hot":
-            self._bring_rows(self.contexts[coming])
+        if kind_of(self.batches[0]) == "hot":
+            self._bring_rows()
         for context in self.contexts:
             if context.index in self._started and context.fused_splits_awaitables:
                 self.wait_sparse_data_dist(context)
         for batch, context in zip(self.batches, self.contexts, strict=True):
             self.start_sparse_data_dist(batch, context)
 
-    def _bring_rows(self, context: TrainPipelineContext) -> None:
+    def _bring_rows(self) -> None:
+        coming = coming_cold([kind_of(batch) for batch in self.batches])
+        if coming is None:
+            return
+        context = self.contexts[coming]
         distributed = context.index in self._started and not context.fused_splits_awaitables
         # Without gradient what is looked up could not be trained on later.
         if distributed and not self._cold_prefetch.has(context) and self._model.training and torch.is_grad_enabled():
@@ -216,6 +223,8 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
             return self._stock_forward(batch)
 
     def _backward(self, losses: torch.Tensor) -> None:
+        if self._cold_prefetch.caches(self._pipelined_modules):
+            self._bring_rows()
         batch = self.batches[0]
         weight = batch.weight if isinstance(batch, HotColdBatch) else 1.0
         with self._clock("backward"):
