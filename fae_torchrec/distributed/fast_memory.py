@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import ParameterSharding
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSpec
-from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, new_slot_index
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, slot_index_kind
 
 
 def fast_memory_bytes(
@@ -21,6 +20,7 @@ def fast_memory_bytes(
     hot: Mapping[str, ParameterSharding] | None = None,
     rank: int = 0,
     compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
+    device_type: str = "cpu",
 ) -> dict[str, int]:
     """Bytes of fast memory that the hot tier takes on one rank.
 
@@ -31,6 +31,7 @@ def fast_memory_bytes(
         hot: sharding of the hot rows by table; none if they are replicated.
         rank: whose memory; replicated rows take the same on every rank.
         compact_index_above_rows: see `new_slot_index`.
+        device_type: where the hot tier lies; decides on the kind of index.
 
     Returns:
         By purpose: "hot rows" (weights and optimizer state) and "index" (from id to slot).
@@ -40,7 +41,7 @@ def fast_memory_bytes(
     hot_cold = [tables for tables in collections if any(placement.hot_rows(table.name) for table in tables)]
     return {
         "hot rows": sum(_hot_rows(placement, table, hot, rank) * table.row_bytes for tables in hot_cold for table in tables),
-        "index": sum(_index_bytes([table.rows for table in tables], compact_index_above_rows) for tables in hot_cold),
+        "index": sum(_index_bytes(placement, tables, device_type, compact_index_above_rows) for tables in hot_cold),
     }
 
 
@@ -80,8 +81,7 @@ def _hot_rows(placement: RowPlacement, table: TableSpec, hot: Mapping[str, Param
     return shard_rows(hot[table.name], rank)
 
 
-def _index_bytes(rows: Sequence[int], compact_above_rows: int) -> int:
-    """Asks the index itself, made on the meta device: its size depends on the rows alone."""
-    no_ids = torch.empty(0, dtype=torch.int64)
-    index = new_slot_index(rows, [no_ids] * len(rows), torch.device("meta"), compact_above_rows=compact_above_rows)
-    return index.index_bytes
+def _index_bytes(placement: RowPlacement, placed: Iterable[TableSpec], device_type: str, compact_above_rows: int) -> int:
+    tables = list(placed)
+    rows, slots = sum(table.rows for table in tables), sum(placement.hot_rows(table.name) for table in tables)
+    return slot_index_kind(rows, slots, device_type, compact_above_rows).bytes_of(rows, slots)

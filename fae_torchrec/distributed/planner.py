@@ -159,7 +159,7 @@ class FAEShardingPlanner(ShardingPlanner):
         replicated = self._hot_tier == "replicated"
         hot = ShardingPlan({}) if replicated else self._plan_hot_rows(module, sharders, placed)
         rows = _by_table(hot, collections)
-        topology = left_of(self._topology, lambda rank: fast_memory_bytes(self._placement, placed, rows, rank, self._compact_above))
+        topology = left_of(self._topology, lambda rank: self._fast_memory(placed, rows, rank))
         planner = EmbeddingShardingPlanner(topology=topology, constraints=self._cold_constraints, **self._stock)
         if self._cold_beside_device:
             rest = planner.plan(module, self._showing(sharders, hot_plan.left_tables(self._placement)))
@@ -192,11 +192,16 @@ class FAEShardingPlanner(ShardingPlanner):
     def _plan_hot_rows(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], placed: list[tuple[TableSpec, ...]]
     ) -> ShardingPlan:
-        index = {"index": fast_memory_bytes(self._placement, placed, compact_index_above_rows=self._compact_above)["index"]}
+        index = {"index": self._fast_memory(placed)["index"]}
         shown = self._showing(sharders, hot_plan.hot_rows(self._placement), hot_plan.nothing)
         stock = {name: value for name, value in self._stock.items() if name not in _COLD_ONLY}
         topology = left_of(self._topology, lambda _: index)
         return EmbeddingShardingPlanner(topology=topology, constraints=self._hot_constraints, **stock).plan(module, shown)
+
+    def _fast_memory(
+        self, placed: list[tuple[TableSpec, ...]], hot: Mapping[str, ParameterSharding] | None = None, rank: int = 0
+    ) -> dict[str, int]:
+        return fast_memory_bytes(self._placement, placed, hot, rank, self._compact_above, self._topology.compute_device)
 
     def _joined(self, hot: ShardingPlan, cold: ShardingPlan, collections: list[_Collection]) -> ShardingPlan:
         """One plan of both tiers and the placement."""
@@ -244,6 +249,8 @@ class FAEShardingPlanner(ShardingPlanner):
         for table in tables:
             if self._placement.hot_rows(table.name):
                 check_optimizer(table, self._topology.compute_device)
+            if self._cold_beside_device and self._placement.kind(table.name) is not TableKind.HOT:
+                check_optimizer(table, "cpu")
         if self._hot_tier == "replicated":
             parts = dict(modules)
             for collection in collections:

@@ -1,10 +1,12 @@
-"""The map from row id to hot slot, on whatever device the ids lie: a number a row, or a bitmap of 1.5 bits a row."""
+"""The map from row id to hot slot, on the device of the ids: a number a row, a bitmap of 1.5 bits a row, or a hash of the hot rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import TypeAlias
 
+import fbgemm_gpu  # noqa: F401  # registers torch.ops.fbgemm
 import torch
 from torch import nn
 
@@ -13,8 +15,10 @@ from fae_torchrec.core.errors import ConfigError, DataError
 COMPACT_ABOVE_ROWS = 64_000_000
 """Rows of a collection above which the index is a bitmap by default: 256 MB as a plain array, 12 MB as a bitmap."""
 
+_HASH_BYTES = 16  # a hot row's: two places, one of them free, of row and slot (int32)
 _SLOT_LIMIT = 2**31  # slots are int32
 _WORD = 64  # rows a word of the bitmap
+_ROWS_A_BAG = 8
 _BUILD_IDS = 1 << 20  # hot ids handled at a time while an index is built, which bounds what building takes beside the index
 
 
@@ -51,8 +55,13 @@ class _SlotIndex(nn.Module):
                 refuses what lies beyond its buffer (the bitmap's last word is padded with cold rows), nothing else is checked.
 
         Returns:
-            int32 [n]: the slot of each row, or -1 where the row is cold.
+            int32 or int64 [n]: the slot of each row, or -1 where the row is cold.
         """
+        raise NotImplementedError
+
+    @staticmethod
+    def bytes_of(num_rows: int, num_slots: int) -> int:
+        """Bytes of an index of so many rows and hot rows."""
         raise NotImplementedError
 
     @property
@@ -65,6 +74,11 @@ class DenseSlotIndex(_SlotIndex):
     """The slot of every row as a number: 4 bytes a row, one read a lookup. Arguments and errors: `new_slot_index`."""
 
     slots: torch.Tensor
+
+    @staticmethod
+    def bytes_of(num_rows: int, num_slots: int) -> int:
+        """Bytes of an index of so many rows and hot rows."""
+        return 4 * num_rows
 
     def _fill(self, hot_rows: Iterator[torch.Tensor], device: torch.device) -> None:
         slots = torch.full((self.num_rows,), -1, dtype=torch.int32, device=device)
@@ -89,6 +103,11 @@ class BitmapSlotIndex(_SlotIndex):
     words: torch.Tensor
     before: torch.Tensor
 
+    @staticmethod
+    def bytes_of(num_rows: int, num_slots: int) -> int:
+        """Bytes of an index of so many rows and hot rows."""
+        return 12 * -(-num_rows // _WORD)
+
     def _fill(self, hot_rows: Iterator[torch.Tensor], device: torch.device) -> None:
         words = torch.zeros(-(-self.num_rows // _WORD), dtype=torch.int64, device=device)
         for chunk in hot_rows:
@@ -109,10 +128,62 @@ class BitmapSlotIndex(_SlotIndex):
         return rank.bitwise_and_(hot).sub_(1).to(torch.int32)
 
 
+class HashSlotIndex(_SlotIndex):
+    """FBGEMM's hash of the hot rows alone: 16 bytes a hot row, one kernel a lookup. Arguments and errors: `new_slot_index`.
+
+    For GPUs, whose memory is what hot rows are to have, and where each of the bitmap's dozen small operations is a kernel. On a CPU its
+    lookup takes longer than the others'.
+    """
+
+    places: torch.Tensor
+    ends: torch.Tensor
+
+    @staticmethod
+    def bytes_of(num_rows: int, num_slots: int) -> int:
+        """Bytes of an index of so many rows and hot rows."""
+        return _HASH_BYTES * max(num_slots, 1) + 16
+
+    def _fill(self, hot_rows: Iterator[torch.Tensor], device: torch.device) -> None:
+        capacity = 2 * max(self.num_slots, 1)
+        places, ends = torch.full((capacity, 2), -1, dtype=torch.int32), torch.tensor([0, capacity])
+        first = 0
+        for chunk in hot_rows:  # FBGEMM inserts on the CPU alone
+            row = chunk.cpu()
+            slot = torch.arange(first, first + row.numel())
+            torch.ops.fbgemm.pruned_hashmap_insert(row, slot, torch.tensor([0, row.numel()]), places, ends)
+            first += row.numel()
+        self.register_buffer("places", places.to(device), persistent=False)
+        self.register_buffer("ends", ends.to(device), persistent=False)
+        self._bags = torch.empty(0, dtype=torch.int64, device=device)
+        self._rows_of_bags = 0
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        """Looks rows up: int64 [n] in 0..sum(rows)-1 -> int64 [n], the slot or -1 where the row is cold."""
+        if not row.numel():
+            return row
+        if self._rows_of_bags != row.numel() or self._bags.device != row.device:
+            # FBGEMM looks bags up, a warp of a GPU each; eight rows at a time keep all of its lanes busy.
+            bags = torch.arange(0, row.numel() + _ROWS_A_BAG, _ROWS_A_BAG, device=row.device)
+            self._bags, self._rows_of_bags = bags.clamp_(max=row.numel()), row.numel()
+        found: torch.Tensor = torch.ops.fbgemm.pruned_hashmap_lookup(row, self._bags, self.places, self.ends)
+        return found
+
+
+SlotIndex: TypeAlias = DenseSlotIndex | BitmapSlotIndex | HashSlotIndex
+
+
+def slot_index_kind(num_rows: int, num_slots: int, device_type: str, compact_above_rows: int = COMPACT_ABOVE_ROWS) -> type[SlotIndex]:
+    """Which index `new_slot_index` makes. Arguments: see there."""
+    few = 4 * HashSlotIndex.bytes_of(num_rows, num_slots) <= DenseSlotIndex.bytes_of(num_rows, num_slots)
+    if device_type == "cuda" and compact_above_rows and num_rows < _SLOT_LIMIT and few:
+        return HashSlotIndex
+    return DenseSlotIndex if num_rows <= compact_above_rows else BitmapSlotIndex
+
+
 def new_slot_index(
     rows: Sequence[int], hot_ids: Sequence[torch.Tensor], device: torch.device, *, compact_above_rows: int = COMPACT_ABOVE_ROWS
-) -> DenseSlotIndex | BitmapSlotIndex:
-    """The dense index of a small row space, the bitmap of a large one.
+) -> SlotIndex:
+    """The dense index of a small row space, the bitmap of a large one; on CUDA the hash where few rows are hot (one in 16).
 
     Args:
         rows: rows of each table, at least 0.
@@ -120,13 +191,14 @@ def new_slot_index(
         device: where the index lies; the rows looked up must be on the same device.
         compact_above_rows: the most rows (of all tables together) of a dense index. It costs 4 bytes x rows of fast memory, which
             hot rows could use: 256 MB at this default, 12 MB as a bitmap, whose lookup takes 1.5 to 2.5 times
-            as long on an idle CPU, up to 8 times on a contended one (`benchmarks/slot_index.py`). 0 makes every index a bitmap.
+            as long on an idle CPU, up to 8 times on a contended one (`benchmarks/slot_index.py`). 0 makes every index a bitmap, on every
+            device.
 
     Raises:
         ConfigError: there are 2**31 hot rows or more.
         DataError: `rows` and `hot_ids` differ in length, or hot ids are not a strictly ascending int64 vector of their table's rows.
     """
-    kind = DenseSlotIndex if sum(rows) <= compact_above_rows else BitmapSlotIndex
+    kind = slot_index_kind(sum(rows), sum(ids.numel() for ids in hot_ids), device.type, compact_above_rows)
     return kind(rows, hot_ids, device)
 
 

@@ -90,7 +90,9 @@ def _of_rank(plan: ShardingPlan, tables: TableSet, device_type: str, rank: int) 
         placed: list[str] = []
         if isinstance(collection, FAEModuleShardingPlan):
             placed = [name for name in collection if name in collection.placement.tables.names]
-            of_hot_tier = fast_memory_bytes(collection.placement, [[tables[name] for name in placed]], collection.hot, rank)
+            of_hot_tier = fast_memory_bytes(
+                collection.placement, [[tables[name] for name in placed]], collection.hot, rank, device_type=device_type
+            )
             parts.update({purpose: parts[purpose] + count for purpose, count in of_hot_tier.items()})
         if device_type == "cuda":
             parts["stock tables"] += sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,24 +101,26 @@ def new_batch(setup: Setup, step: int, rank: int, *, hot: bool = False) -> Batch
     return Batch(batch.dense_features, HotKeyedJaggedTensor.promise(kjt) if hot else kjt, batch.labels)
 
 
-def shard(setup: Setup, placement: RowPlacement | None) -> DistributedModelParallel:
+def shard(
+    setup: Setup, placement: RowPlacement | None, device: torch.device = small_model.CPU, **planner_options: Any
+) -> DistributedModelParallel:
     """A new model, sharded by the stock planner or by ours where a placement is given, with the same start weights every time."""
     model = new_model(setup)
     world = dist.get_world_size()
-    topology = Topology(world_size=world, local_world_size=world, compute_device="cpu")
+    topology = Topology(world_size=world, local_world_size=world, compute_device=device.type)
     if placement is None:
         sharders = get_default_sharders()
-        constraints = {name: ParameterConstraints(sharding_types=["table_wise"]) for name in ROWS}
+        constraints = {name: ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"]) for name in ROWS}
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=16, constraints=constraints)
     else:
         sharders = get_fae_sharders()
-        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16, stock_tables=setup.left)
+        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16, stock_tables=setup.left, **planner_options)
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     generator = torch.Generator().manual_seed(5)
     weights = {
         key: value.clone() if key.startswith("over") else torch.rand(value.shape, generator=generator) - 0.5
         for key, value in model.state_dict().items()
     }
-    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     sharded.load_state_dict(weights)
     return sharded

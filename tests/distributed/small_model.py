@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
@@ -29,6 +29,7 @@ from fae_torchrec.modules.model_tables import model_tables
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad, "adam": torch.optim.Adam}
 LEARNING_RATE = 0.1
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Case:
     multi_hot: bool = True
     mixed_dims: bool = True
     steps: int = 20
+    dtype: DataType = DataType.FP32
 
     def __str__(self) -> str:
         traits = [self.optimizer, self.pooling.value.lower(), "weighted" if self.weighted else "plain"]
-        return "-".join([*traits, "multi" if self.multi_hot else "one", "dims" if self.mixed_dims else "dim", str(self.steps)])
+        traits += ["multi" if self.multi_hot else "one", "dims" if self.mixed_dims else "dim", str(self.steps)]
+        return "-".join(traits if self.dtype is DataType.FP32 else [*traits, self.dtype.value.lower()])
 
 
 def configs(case: Case) -> list[EmbeddingBagConfig]:
@@ -58,7 +61,7 @@ def configs(case: Case) -> list[EmbeddingBagConfig]:
         ("other", 120, wide, ["e"]),
     ]
     return [
-        EmbeddingBagConfig(name=n, num_embeddings=r, embedding_dim=d, feature_names=f, pooling=case.pooling, data_type=DataType.FP32)
+        EmbeddingBagConfig(name=n, num_embeddings=r, embedding_dim=d, feature_names=f, pooling=case.pooling, data_type=case.dtype)
         for n, r, d, f in rows
     ]
 
@@ -142,24 +145,31 @@ def placement_of(case: Case) -> RowPlacement:
 
 
 def shard(
-    case: Case, placement: RowPlacement | None, weights: dict[str, torch.Tensor] | None = None, hot_tier: str = "replicated"
+    case: Case,
+    placement: RowPlacement | None,
+    weights: dict[str, torch.Tensor] | None = None,
+    hot_tier: str = "replicated",
+    device: torch.device = CPU,
+    fused_params: dict[str, Any] | None = None,
+    **planner_options: Any,
 ) -> DistributedModelParallel:
-    """A new model, sharded by the stock planner or by ours where a placement is given, with the same start weights every time."""
+    """A new model, sharded by the stock planner or by ours where a placement is given, with the same start weights every time.
+
+    Stock's tables are table-wise and in the device's own memory.
+    """
     model = new_model(case)
     group = dist.group.WORLD
     weights = start_weights(case) if weights is None else weights
     dense = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith("ebc.")}
-    topology = Topology(world_size=dist.get_world_size(), local_world_size=dist.get_world_size(), compute_device="cpu")
+    topology = Topology(world_size=dist.get_world_size(), local_world_size=dist.get_world_size(), compute_device=device.type)
+    sharders = get_fae_sharders(fused_params)  # exactly stock's for a stock plan
     if placement is None:
-        sharders = get_default_sharders()
-        constraints = {config.name: ParameterConstraints(sharding_types=["table_wise"]) for config in configs(case)}
+        allowed = ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])
+        constraints = {config.name: allowed for config in configs(case)}
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=16, constraints=constraints)
     else:
-        sharders = get_fae_sharders()
-        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16, hot_tier=hot_tier)
-    sharded = DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=planner.collective_plan(model, sharders, group), sharders=sharders
-    )
+        planner = FAEShardingPlanner(placement, topology=topology, batch_size=16, hot_tier=hot_tier, **planner_options)
+    sharded = DistributedModelParallel(model, device=device, plan=planner.collective_plan(model, sharders, group), sharders=sharders)
     sharded.load_state_dict({**dense, **weights})
     return sharded
 
@@ -186,9 +196,9 @@ def train(model: DistributedModelParallel, batches: Iterable[Batch]) -> list[flo
 def whole_tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Puts a (sharded) state together from every rank's local shards; ranks may hold different keys. Collective."""
     mine = {
-        key: (tuple(value.size()), [(shard.metadata.shard_offsets, shard.tensor.detach().clone()) for shard in value.local_shards()])
+        key: (tuple(value.size()), [(shard.metadata.shard_offsets, _copied(shard.tensor)) for shard in value.local_shards()])
         if isinstance(value, ShardedTensor)
-        else value.detach().clone()
+        else _copied(value)
         for key, value in state.items()
     }
     everyone: list[dict[str, object]] = [{}] * dist.get_world_size()
@@ -204,6 +214,11 @@ def whole_tensors(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
             for offsets, tensor in shards:
                 out[tuple(slice(start, start + length) for start, length in zip(offsets, tensor.shape, strict=True))] = tensor
     return whole
+
+
+def _copied(tensor: Any) -> torch.Tensor:
+    copied: torch.Tensor = tensor.detach().cpu().clone()
+    return copied
 
 
 def optimizer_state(model: DistributedModelParallel) -> dict[str, torch.Tensor]:

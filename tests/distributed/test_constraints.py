@@ -26,7 +26,7 @@ def test_auto() -> None:
 
 def test_unknown_tiers() -> None:
     for tier in ("ssd", "uvm"):
-        message = rf"no cold tier '{tier}' on device 'cpu'; choose one of \['host on cpu', 'uvm on cuda', .*or 'auto'"
+        message = rf"no cold tier '{tier}' on device 'cpu'; choose one of \['host on cpu', 'host on cuda', 'uvm on cuda', .*or 'auto'"
         with pytest.raises(PlannerError, match=message):
             cold_options(tier, "cpu")
     for tier in ("data_parallel", "row_wise"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import DataError
 from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.modules import slot_index
 from fae_torchrec.modules.bag_split import BagSplit
 from fae_torchrec.modules.lookups import hot_groups
-from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, BitmapSlotIndex, DenseSlotIndex
+from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS, BitmapSlotIndex, DenseSlotIndex, HashSlotIndex
 from fae_torchrec.modules.tier_split import TieredIds
 from tests.modules.small_tables import ALL_COLD, ALL_HOT, FEATURES, HOT, KEYS, ROWS, batch, configs, placement_of
 
@@ -126,9 +129,10 @@ def batches(draw: st.DrawFn) -> Bags:
     dtype=st.sampled_from([torch.int64, torch.int32]),
     keys=st.permutations([*KEYS, "unused"]),
     compact=st.sampled_from([COMPACT_ABOVE_ROWS, 0]),
+    hashed=st.booleans(),
 )
 def test_every_id_goes_to_its_tier_once(
-    bags: Bags, hot: Mapping[str, list[int]], weighted: bool, dtype: torch.dtype, keys: list[str], compact: int
+    bags: Bags, hot: Mapping[str, list[int]], weighted: bool, dtype: torch.dtype, keys: list[str], compact: int, hashed: bool
 ) -> None:
     bags = {**bags, "unused": [[1] for _ in bags["a"]]}
     samples = len(bags["a"])
@@ -140,8 +144,10 @@ def test_every_id_goes_to_its_tier_once(
     placement = placement_of(tables, hot)
     kjt = batch(bags, keys=keys, dtype=dtype, weights=flat if weighted else None)
     given_ids = kjt.values().clone()
-    split = new_split(tables, placement, compact=compact)
-    assert isinstance(split.index, DenseSlotIndex if compact else BitmapSlotIndex)
+    # As on a GPU where few rows are hot.
+    with mock.patch.object(slot_index, "slot_index_kind", return_value=HashSlotIndex) if hashed else nullcontext():
+        split = new_split(tables, placement, compact=compact)
+    assert isinstance(split.index, HashSlotIndex if hashed else DenseSlotIndex if compact else BitmapSlotIndex)
     ids = split(kjt)
     expected_hot, expected_cold = reference(bags, weights, placement, split)
     assert hot_parts(split, ids, samples) == expected_hot

@@ -1,4 +1,4 @@
-"""Both slot indexes against a dict filled row by row, at the edges of a word, and against their stated bytes."""
+"""All slot indexes against a dict filled row by row, at the edges of a word, and against their stated bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.modules import slot_index
-from fae_torchrec.modules.slot_index import BitmapSlotIndex, DenseSlotIndex, new_slot_index
+from fae_torchrec.modules.slot_index import BitmapSlotIndex, DenseSlotIndex, HashSlotIndex, new_slot_index, slot_index_kind
 
 CPU = torch.device("cpu")
-KINDS = [DenseSlotIndex, BitmapSlotIndex]
+KINDS = [DenseSlotIndex, BitmapSlotIndex, HashSlotIndex]
 Tables = list[tuple[int, list[int]]]  # rows and hot ids of each table
 
 
@@ -62,7 +62,7 @@ def test_every_slot_is_what_a_dict_says(tables: Tables, random: object) -> None:
         random.shuffle(order)  # type: ignore[attr-defined]
     for kind in KINDS:
         found = build(kind, tables)(ids(*order))
-        assert found.dtype == torch.int32
+        assert found.dtype == (torch.int64 if kind is HashSlotIndex else torch.int32)
         assert found.tolist() == [expected[row] for row in order], kind.__name__
 
 
@@ -106,7 +106,10 @@ def test_bytes_are_as_stated(rows: int, share: float) -> None:
     dense, bitmap = DenseSlotIndex([rows], [hot], CPU), BitmapSlotIndex([rows], [hot], CPU)
     assert dense.index_bytes <= 4 * rows
     assert bitmap.index_bytes <= 1.5 * rows / 8 + 12  # the issue also allows 12 bytes a hot row: a bitmap needs none
-    for index in (dense, bitmap):
+    hashed = HashSlotIndex([rows], [hot], CPU)
+    assert hashed.index_bytes <= 16 * max(len(hot), 1) + 16
+    for index in (dense, bitmap, hashed):
+        assert index.index_bytes == index.bytes_of(rows, len(hot))
         assert index.index_bytes == sum(buffer.untyped_storage().nbytes() for buffer in index.buffers())  # no hidden larger storage
 
 
@@ -115,6 +118,20 @@ def test_small_spaces_are_dense_and_large_ones_bitmaps() -> None:
     assert isinstance(new_slot_index([6, 4], tables, CPU), DenseSlotIndex)
     assert isinstance(new_slot_index([6, 4], tables, CPU, compact_above_rows=10), DenseSlotIndex)
     assert isinstance(new_slot_index([6, 4], tables, CPU, compact_above_rows=9), BitmapSlotIndex)
+
+
+def test_on_a_gpu_few_hot_rows_are_hashed() -> None:
+    rows = 1_000_000
+    for slots, compact, expected in (
+        (rows // 17, 2 * rows, HashSlotIndex),  # 16 bytes a hot row, a fourth of 4 bytes a row at most
+        (rows // 15, 2 * rows, DenseSlotIndex),
+        (rows // 15, rows - 1, BitmapSlotIndex),
+        (rows // 17, rows - 1, HashSlotIndex),
+        (rows // 17, 0, BitmapSlotIndex),
+    ):
+        assert slot_index_kind(rows, slots, "cuda", compact) is expected
+    assert slot_index_kind(rows, 10, "cpu", 2 * rows) is DenseSlotIndex
+    assert slot_index_kind(2**31, 10, "cuda") is BitmapSlotIndex, "the hash holds rows as int32"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +143,7 @@ def test_index_is_no_part_of_a_checkpoint_and_follows_its_module(kind: type) -> 
     assert all(buffer.is_meta for buffer in copy.deepcopy(index).to("meta").buffers())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [DenseSlotIndex, BitmapSlotIndex])  # the hash finds none there
 @pytest.mark.parametrize("row", [-1, 64])
 def test_rows_outside_the_space_are_refused_by_the_kernel(kind: type, row: int) -> None:
     with pytest.raises((IndexError, RuntimeError)):

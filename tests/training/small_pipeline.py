@@ -54,10 +54,14 @@ def shared(batches: Sequence[HotColdBatch], splits: Sequence[tuple[int, int]], r
 
 
 def run_pipeline(
-    model: DistributedModelParallel, batches: Sequence[Batch], after_step: Callable[[int, Any], None] | None = None, **options: Any
+    model: DistributedModelParallel,
+    batches: Sequence[Batch],
+    after_step: Callable[[int, Any], None] | None = None,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> FAETrainPipeline[Any, Any]:
     """Trains on all batches; calls `after_step` with the number of steps done and the pipeline."""
-    pipeline: FAETrainPipeline[Any, Any] = FAETrainPipeline(model, dense_optimizer(model), CPU, **options)
+    pipeline: FAETrainPipeline[Any, Any] = FAETrainPipeline(model, dense_optimizer(model), device, **options)
     stream = iter(batches)
     for step in range(len(batches)):
         pipeline.progress(stream)
