@@ -95,15 +95,15 @@ def traced() -> Iterator[list[str]]:
         events.append(f"forward{number_of.get(id(ctx), ' of no pipeline')}")
         return _look_up(self, ctx, inputs)
 
-    def step(self: Any) -> None:
-        _step(self)
+    def dequeue_batch(self: Any) -> None:
         events.append(f"update{self.contexts[0].index}")
+        _dequeue_batch(self)
 
     with (
         mock.patch.object(train_pipelines, "_start_data_dist", data_dist),
         mock.patch.object(ShardedHotColdModule, "look_ahead", look_ahead),
         mock.patch.object(ShardedHotColdModule, "_look_up", look_up),
-        mock.patch.object(FAETrainPipeline, "_optimizer_step", step),
+        mock.patch.object(FAETrainPipeline, "dequeue_batch", dequeue_batch),
     ):
         yield events
 
@@ -111,4 +111,4 @@ def traced() -> Iterator[list[str]]:
 _data_dist = train_pipelines._start_data_dist
 _look_ahead = ShardedHotColdModule.look_ahead
 _look_up = ShardedHotColdModule._look_up
-_step = FAETrainPipeline._optimizer_step
+_dequeue_batch = FAETrainPipeline.dequeue_batch

@@ -159,7 +159,8 @@ def test_drop_in_for_the_stock_pipeline() -> None:
     assert same(results[0][1], results[1][1])
     assert (pipeline.steps.hot, pipeline.steps.other) == (3, 2)
     assert set(pipeline.stage_seconds) == set(STAGES)
-    assert all(seconds > 0 for stage, seconds in pipeline.stage_seconds.items() if stage != "prefetch")
+    of_none = {"prefetch"} if hasattr(TrainPipelineSparseDist, "_optimizer_step") else {"prefetch", "optimizer"}  # TorchRec 1.6 has none
+    assert all(seconds > 0 for stage, seconds in pipeline.stage_seconds.items() if stage not in of_none)
 
     light, heavy = (shard(CASE, placement_of(CASE)) for _ in range(2))
     batch = batches[1]

@@ -1,0 +1,258 @@
+"""What benchmarks/gpu.py compares: workloads, placements, and the bytes that each placement takes where. Pure arithmetic, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from fae_torchrec.data.criteo_shape import KEEP_ROWS, SPARSE_NAMES, criteo_shape
+
+GIB = 2**30
+STATE_BYTES = 4  # row-wise Adagrad's, of a row
+SLOT_BYTES = 20  # FBGEMM's bookkeeping of a cached row
+MAP_BYTES = 4  # FBGEMM's map from row to table, of every row behind a cache
+INDEX_BYTES = 16  # ours, of a hot row
+HEADROOM = 0.15  # of the card, for activations, gradients and what the driver keeps
+HOST_SHARE = 0.65  # of the host's memory, for tables: batches and what Python keeps of caches lie there too
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One-hot samples of Criteo's shape.
+
+    Attributes:
+        dim: columns of every table.
+        exponent: of the Zipf law that every table's accesses follow, independently; 0 is uniform.
+        batch_size: samples.
+        budget: fast memory for rows, as a share of all tables' bytes.
+        table_bytes: of all tables, weights and optimizer state.
+    """
+
+    dim: int = 128
+    exponent: float = 1.05
+    batch_size: int = 16_384
+    budget: float = 0.01
+    table_bytes: float = 20e9
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"D={self.dim}, {self.law}, batch {self.batch_size:,}, {self.budget:.1%} in HBM"
+
+    @property
+    def law(self) -> str:
+        """The law of the accesses, in words."""
+        return f"Zipf {self.exponent:g}" if self.exponent else "uniform"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its optimizer state."""
+        return 4 * self.dim + STATE_BYTES
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows by feature: Criteo Kaggle's, the large tables scaled together so that all take `table_bytes`."""
+        published = criteo_shape("kaggle").published_rows
+        small = sum(rows for rows in published if rows <= KEEP_ROWS)
+        scale = (self.table_bytes / self.row_bytes - small) / (sum(published) - small)
+        return {name: rows if rows <= KEEP_ROWS else round(rows * scale) for name, rows in zip(SPARSE_NAMES, published, strict=True)}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables."""
+        return sum(self.rows.values())
+
+    @property
+    def budget_bytes(self) -> int:
+        """Fast memory for rows: hot ones, cached ones, whole tables."""
+        return round(self.budget * self.num_rows * self.row_bytes)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the rows lie, and which pipeline trains.
+
+    Attributes:
+        name: for tables and pictures.
+        kind: "hbm", "uvm", "caching", "host" (stock TorchRec) or "fae".
+        pipeline: "sparse_dist" and "prefetch" are TorchRec's, "fae" ours, "none" a plain loop.
+        cold: of "fae": "uvm", "uvm_caching" or "host".
+        cache_share: of "fae" with uvm_caching: the part of the budget that caches cold rows.
+        whole_rows: of "caching": tables of at most so many rows lie whole in HBM, the rest of the budget caches; what is tuned.
+        lookahead: of "fae": batches.
+        feed: "resident" (batches made before), "stream" or "store".
+    """
+
+    name: str
+    kind: str
+    pipeline: str = "sparse_dist"
+    cold: str = ""
+    cache_share: float = 0.0
+    whole_rows: int = 0
+    lookahead: int = 2
+    feed: str = "resident"
+
+    @property
+    def model_key(self) -> tuple[object, ...]:
+        """What two placements have in common that can be trained by one model."""
+        return self.kind, self.cold, self.cache_share, self.whole_rows, self.kind == "caching" and self.pipeline
+
+    def whole_bytes(self, workload: Workload) -> int:
+        """Bytes of the tables that lie whole in HBM under "caching"."""
+        return sum(rows * workload.row_bytes for rows in workload.rows.values() if rows <= self.whole_rows)
+
+    def memory(self, workload: Workload) -> Memory:
+        """The bytes of the tables, by where they lie; of "fae" at most, for a hot set may be smaller than its budget.
+
+        FBGEMM keeps the row-wise state of UVM tables in HBM.
+        """
+        rows, weights = workload.num_rows, 4 * workload.dim
+        if self.kind == "hbm":
+            return Memory(hbm=rows * workload.row_bytes)
+        if self.kind == "uvm":
+            return Memory(hbm=rows * STATE_BYTES, managed=rows * weights)
+        if self.kind == "host":
+            return Memory(host=rows * workload.row_bytes)
+        if self.kind == "caching":
+            cached = sum(count for count in workload.rows.values() if count > self.whole_rows)
+            return Memory(hbm=workload.budget_bytes + cached * (STATE_BYTES + MAP_BYTES), managed=cached * weights)
+        index = workload.budget_bytes // workload.row_bytes * INDEX_BYTES
+        if self.cold == "host":
+            return Memory(hbm=workload.budget_bytes + index, host=rows * workload.row_bytes)
+        beside = STATE_BYTES + (MAP_BYTES if self.cold == "uvm_caching" else 0)
+        return Memory(hbm=workload.budget_bytes + index + rows * beside, managed=rows * weights)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the tables of one placement."""
+
+    hbm: int = 0
+    managed: int = 0
+    host: int = 0
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.hbm + other.hbm, self.managed + other.managed, self.host + other.host)
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether the card holds what lies in HBM and has as much free as is managed (more can hang it), and the host the rest."""
+        on_host = self.managed + self.host
+        return self.hbm + self.managed <= (1 - HEADROOM) * machine.card_bytes and on_host <= HOST_SHARE * machine.host_bytes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory there is.
+
+    Attributes:
+        card_bytes: of the GPU.
+        host_bytes: of the host.
+    """
+
+    card_bytes: int
+    host_bytes: int
+
+
+HBM = Placement("all-HBM", "hbm")
+UVM = Placement("UVM", "uvm")
+CACHING = Placement("UVM caching", "caching")
+PREFETCH = Placement("UVM caching + prefetch", "caching", "prefetch")
+HOST = Placement("host", "host", "none")
+FAE_UVM = Placement("FAE, UVM", "fae", "fae", "uvm")
+FAE_PREFETCH = Placement("FAE, prefetch", "fae", "fae", "uvm_caching", cache_share=0.25)
+FAE_HOST = Placement("FAE, host", "fae", "fae", "host")
+FAE_UNFETCHED = replace(FAE_PREFETCH, name="FAE, caching without prefetch", pipeline="sparse_dist")
+FAE_AHEAD = replace(FAE_PREFETCH, name="FAE, prefetch, lookahead 5", lookahead=5)
+FAE_STREAM = replace(FAE_PREFETCH, name="FAE, prefetch, streamed", feed="stream")
+FAE_STORE = replace(FAE_PREFETCH, name="FAE, prefetch, from a store", feed="store")
+
+WHOLE_ROWS = (20_000, 200_000)  # the grid of "UVM caching" beside caching everything: small tables whole in HBM
+CACHE_SHARES = (0.1,)  # the grid of "FAE, prefetch" beside its default
+
+
+def tuned(workload: Workload) -> list[Placement]:
+    """Variants of which the best is taken: of the rival and of ours."""
+    whole = [replace(PREFETCH, name=f"{PREFETCH.name}, tables of {rows:,} rows whole", whole_rows=rows) for rows in WHOLE_ROWS]
+    fitting = [placement for placement in whole if placement.whole_bytes(workload) < 0.8 * workload.budget_bytes]
+    return [*fitting, *(replace(FAE_PREFETCH, name=f"FAE, prefetch, {share:.0%} cache", cache_share=share) for share in CACHE_SHARES)]
+
+
+BASE = Workload()
+BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
+EXPONENTS = (0.8, 1.05, 1.2, 0.0)
+BATCH_SIZES = (4_096, 16_384, 65_536)
+DIMS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Placements measured side by side on one workload."""
+
+    workload: Workload
+    placements: tuple[Placement, ...]
+
+
+def comparisons(*, cross: bool = False, base: Workload = BASE) -> list[Comparison]:
+    """The matrix: everything on the base workload, then one thing varied at a time; or, with `cross`, all combinations."""
+    usual = (HBM, UVM, PREFETCH, FAE_UVM, FAE_PREFETCH)
+    whole = (
+        *(HBM, UVM, CACHING, PREFETCH, FAE_UVM, FAE_PREFETCH, *tuned(base)),
+        *(FAE_AHEAD, FAE_UNFETCHED, FAE_STREAM, FAE_STORE, HOST, FAE_HOST),
+    )
+    found = [Comparison(base, whole)]
+    varied: Iterable[Workload]
+    if cross:
+        varied = (
+            replace(base, dim=dim, exponent=exponent, batch_size=size, budget=budget)
+            for dim, exponent, size, budget in product(DIMS, EXPONENTS, BATCH_SIZES, BUDGETS)
+        )
+    else:
+        varied = [
+            *(replace(base, budget=budget) for budget in BUDGETS),
+            *(replace(base, exponent=exponent) for exponent in EXPONENTS),
+            *(replace(base, batch_size=size) for size in BATCH_SIZES),
+            *(replace(base, dim=dim) for dim in DIMS),
+        ]
+    return found + [Comparison(workload, usual) for workload in dict.fromkeys(varied) if workload != base]
+
+
+def groups(comparison: Comparison, machine: Machine) -> list[list[Placement]]:
+    """The placements cut so that each group's models fit on the machine together; all-HBM, what all are held against, is in every group.
+
+    Raises:
+        ValueError: a placement does not fit beside all-HBM.
+    """
+    first, *others = comparison.placements
+    cut: list[list[Placement]] = [[first]]
+    for placement in others:
+        if not taken([*cut[-1], placement], comparison.workload).fits(machine):
+            cut.append([first])
+        cut[-1].append(placement)
+        memory = taken(cut[-1], comparison.workload)
+        if not memory.fits(machine):
+            raise ValueError(f"{placement.name} on {comparison.workload.name} takes {memory} beside all-HBM; there is {machine}")
+    return cut
+
+
+def taken(placements: Sequence[Placement], workload: Workload) -> Memory:
+    """What the models of these placements take together."""
+    models = {placement.model_key: placement.memory(workload) for placement in placements}
+    return sum(models.values(), Memory())
+
+
+def matrix_text(found: Sequence[Comparison], machine: Machine) -> str:
+    """The matrix with the bytes of every placement, for people."""
+    card, host = machine.card_bytes / GIB, machine.host_bytes / GIB
+    lines = [f"GiB of the tables of each placement; the card has {card:.0f} GiB, {HEADROOM:.0%} stay free; the host has {host:.0f} GiB"]
+    for comparison in found:
+        workload = comparison.workload
+        lines += ["", f"{workload.name} ({workload.num_rows:,} rows, budget {workload.budget_bytes / 2**20:,.0f} MiB)"]
+        for number, group in enumerate(groups(comparison, machine)):
+            for placement in group if not number else group[1:]:
+                memory = placement.memory(workload)
+                parts = (f"{part} {value / GIB:6.2f}" for part, value in vars(memory).items())
+                lines.append(f"  {placement.name:58}" + "  ".join(parts))
+            together = taken(group, workload)
+            lines.append(f"  {'measured together':58}" + "  ".join(f"{part} {value / GIB:6.2f}" for part, value in vars(together).items()))
+    return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""Looks at some steps of a placement with torch's profiler: where the device's time goes, and where the host's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:
+    from gpu_trainee import Runner
+
+_STEPS = 8
+_ROWS = 45
+
+
+def tracer(folder: Path) -> Callable[[str, Runner], None]:
+    """What writes DIR/<placement>.txt: two tables, by the device's time and by the host's."""
+
+    def trace(name: str, runner: Runner) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        with profile(activities=activities) as seen:
+            elapsed_ms = runner.run(_STEPS)
+        averages = seen.key_averages()
+        device = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        tables = [averages.table(sort_by=order, row_limit=_ROWS, max_name_column_width=90) for order in (device, "self_cpu_time_total")]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.txt"
+        file.write_text(f"{name}: {_STEPS} steps, {elapsed_ms / _STEPS:.3f} ms a step under the profiler\n" + "\n".join(tables))
+
+    return trace

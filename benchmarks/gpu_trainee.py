@@ -1,0 +1,252 @@
+"""One placement of benchmarks/gpu.py as something that trains: the sharded DLRM, its pipeline, and the clocks around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gpu_data import NUM_DENSE
+from gpu_scenarios import Placement, Workload
+from torch import nn
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.types import CacheAlgorithm, CacheParams, ShardingEnv
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.core.tables import Optimizer
+from fae_torchrec.distributed.homes import whole_table
+from fae_torchrec.distributed.planner import FAEShardingPlanner
+from fae_torchrec.distributed.sharder import get_fae_sharders
+from fae_torchrec.training.dlrm import build_dlrm
+from fae_torchrec.training.shard import build_optimizer
+from fae_torchrec.training.train_pipeline import FAETrainPipeline
+
+DENSE_ARCH, OVER_ARCH = [512, 256], [1024, 1024, 512, 256, 1]  # MLPerf's DLRM, the last dense layer as wide as the tables
+_FUSED = {"hbm": "fused", "uvm": "fused_uvm", "caching": "fused_uvm_caching"}
+
+
+class Staged(nn.Module):
+    """A DLRM with its loss, or its embedding stage alone: the same tables, the same gradient at every step, no dense part.
+
+    Attributes:
+        embedding_only: which of the two.
+    """
+
+    def __init__(self, dlrm: nn.Module, gradient: torch.Tensor) -> None:
+        super().__init__()
+        self.dlrm = dlrm
+        self.embedding_only = False
+        self._gradient = gradient
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Any]:
+        """The loss and what DLRMTrain gives beside it."""
+        if not self.embedding_only:
+            output: tuple[torch.Tensor, Any] = self.dlrm(batch)
+            return output
+        pooled = self.dlrm.model.sparse_arch.embedding_bag_collection(batch.sparse_features)
+        values = pooled.values()
+        return _FixedGradient.apply(values, self._gradient[: values.shape[0]]), None  # type: ignore[no-untyped-call]
+
+
+class _FixedGradient(torch.autograd.Function):
+    """A loss of zero whose gradient is given: nothing is computed between forward and backward of the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.gradient = gradient
+        return values.new_zeros(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.gradient, None
+
+
+class HostBags(nn.Module):
+    """Stock tables on the host: looked up by FBGEMM's CPU kernel, the pooled rows copied to the GPU."""
+
+    def __init__(self, workload: Workload, bags: Any, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        plan = {f"t_{name}": whole_table(rows, workload.dim, 0, torch.device("cpu")) for name, rows in workload.rows.items()}
+        group = dist.new_group(backend="gloo")
+        sharder = EmbeddingBagCollectionSharder()
+        # Kept out of the registry: nothing here goes to the GPU.
+        self.__dict__["sharded"] = sharder.shard(bags, plan, ShardingEnv.from_process_group(group), torch.device("cpu"))
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pools ids on the CPU."""
+        pooled = self.__dict__["sharded"](features).wait()
+        return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values().to(self._device))
+
+
+class Trainee:
+    """One model under one placement.
+
+    Args:
+        placement: where its rows lie.
+        workload: its tables.
+        rows: which are hot, of "fae".
+        device: where to train; a CPU for a try without a GPU.
+
+    Attributes:
+        device: as given.
+        static_bytes: of the GPU's memory, taken by building it.
+    """
+
+    def __init__(self, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device) -> None:
+        before = allocated(device)
+        self.device = device
+        width = len(workload.rows) * workload.dim
+        gradient = torch.randn(workload.batch_size, width, device=device, generator=torch.Generator(device).manual_seed(1))
+        gradient /= workload.batch_size
+        gradient_bytes = allocated(device) - before
+        dense_arch = [*DENSE_ARCH, workload.dim]
+        dlrm = build_dlrm(
+            workload.rows, NUM_DENSE, workload.dim, dense_arch, OVER_ARCH, Optimizer.ROWWISE_ADAGRAD, 0.01, 0, torch.device("meta")
+        )
+        if placement.kind == "host":
+            arch: Any = dlrm.model.sparse_arch
+            self.bags: Any = HostBags(workload, arch.embedding_bag_collection, device)
+            arch.embedding_bag_collection = self.bags
+            self.model: Any = Staged(dlrm, gradient).to(device)
+            self.optimizer: Any = torch.optim.Adagrad(self.model.parameters(), lr=0.01)
+        else:
+            self.model = _sharded(Staged(dlrm, gradient), placement, workload, rows, device)
+            self.optimizer = build_optimizer(self.model, 0.01)
+            self.bags = self.model.module.dlrm.model.sparse_arch.embedding_bag_collection
+        self.static_bytes = allocated(device) - before - gradient_bytes
+
+    def use(self, *, embedding_only: bool) -> None:
+        """Trains the whole model from now on, or its embedding stage."""
+        module = self.model if isinstance(self.model, Staged) else self.model.module
+        module.embedding_only = embedding_only
+
+    def direct_step(self, batch: Batch) -> None:
+        """One step without a pipeline."""
+        self.optimizer.zero_grad()
+        loss, _ = self.model(batch)
+        loss.sum().backward()
+        self.optimizer.step()
+
+    def cache_kernels(self) -> list[Any]:
+        """FBGEMM's kernels that cache rows."""
+        lookups = [lookup for module in _sharded_parts(self.bags) for lookup in module._lookups]
+        kernels = [kernel for lookup in lookups for kernel in lookup.modules() if hasattr(kernel, "lxu_cache_weights")]
+        return [kernel for kernel in kernels if kernel.lxu_cache_weights.numel()]
+
+
+class Runner:
+    """A trainee's endless stream of steps through its pipeline, over the same batches again and again.
+
+    Args:
+        trainee: the model; several runners may share it, one at a time.
+        placement: which pipeline.
+        batches: of one epoch.
+        again: makes the iterator of each pass; default: the same batches.
+    """
+
+    def __init__(
+        self, trainee: Trainee, placement: Placement, batches: list[Batch], again: Callable[[], Iterable[Batch]] | None = None
+    ) -> None:
+        self.trainee, self.placement = trainee, placement
+        self.steps = len(batches)
+        self.samples = sum(batch.labels.numel() for batch in batches)
+        self._stream = cycle(batches) if again is None else _passes(again)
+        self._pipeline: Any = None
+
+    def run(self, steps: int) -> float:
+        """Trains; returns milliseconds from the first step's begin to the last one's end, on a GPU as its own clock sees them."""
+        device = self.trainee.device
+        if device.type == "cpu":
+            begin = time.perf_counter()
+            for _ in range(steps):
+                self._step()
+            return 1000 * (time.perf_counter() - begin)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            self._step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def _step(self) -> None:
+        if self.placement.pipeline == "none":
+            batch, device = next(self._stream), self.trainee.device
+            self.trainee.direct_step(Batch(batch.dense_features.to(device), batch.sparse_features, batch.labels.to(device)))
+            return
+        if self._pipeline is None:
+            self._pipeline = self._new_pipeline()
+        self._pipeline.progress(self._stream)
+
+    def _new_pipeline(self) -> Any:
+        model, optimizer, device = self.trainee.model, self.trainee.optimizer, self.trainee.device
+        if self.placement.pipeline == "fae":
+            return FAETrainPipeline(model, optimizer, device, lookahead=self.placement.lookahead)
+        kind = PrefetchTrainPipelineSparseDist if self.placement.pipeline == "prefetch" else TrainPipelineSparseDist
+        return kind(model, optimizer, device)
+
+    def release(self) -> None:
+        """Lets the model go, for another runner."""
+        if self._pipeline is not None:
+            self._pipeline.detach()
+            self._pipeline = None
+
+
+def _passes(again: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+    while True:
+        yield from again()
+
+
+def _sharded_parts(bags: Any) -> Iterable[Any]:
+    """The stock sharded modules in a sharded collection."""
+    if isinstance(bags, HostBags):
+        return []
+    return [tier.module for tier in bags._stock_tiers()] if hasattr(bags, "_stock_tiers") else [bags]
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of a GPU's memory that torch has given out."""
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _sharded(model: nn.Module, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device) -> Any:
+    caps: dict[str, int] = {"ddr_cap": 2**40}
+    if device.type == "cuda":
+        caps["hbm_cap"] = torch.cuda.get_device_properties(device).total_memory
+    topology = Topology(world_size=1, local_world_size=1, compute_device=device.type, **caps)
+    if placement.kind == "fae":
+        assert rows is not None
+        cache = round(placement.cache_share * workload.budget_bytes) if placement.cold == "uvm_caching" else None
+        planner: Any = FAEShardingPlanner(
+            rows, topology=topology, batch_size=workload.batch_size, cold_tier=placement.cold, cold_cache_bytes=cache
+        )
+    else:
+        constraints = {f"t_{name}": _constraint(placement, workload, count) for name, count in workload.rows.items()}
+        planner = EmbeddingShardingPlanner(topology=topology, batch_size=workload.batch_size, constraints=constraints)
+    sharders = get_fae_sharders()  # exactly stock's for a stock plan
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+
+
+def _constraint(placement: Placement, workload: Workload, rows: int) -> ParameterConstraints:
+    """What one table may be under a stock placement."""
+    if placement.kind != "caching" or rows <= placement.whole_rows:
+        kernel = "fused" if placement.kind == "caching" else _FUSED[placement.kind]
+        return ParameterConstraints(sharding_types=["table_wise"], compute_kernels=[kernel])
+    cached = sum(count for count in workload.rows.values() if count > placement.whole_rows)
+    slots = (workload.budget_bytes - placement.whole_bytes(workload)) / (4 * workload.dim + 20)
+    cache = CacheParams(CacheAlgorithm.LRU, load_factor=slots / cached, prefetch_pipeline=placement.pipeline == "prefetch")
+    return ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused_uvm_caching"], cache_params=cache)
