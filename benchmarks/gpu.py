@@ -59,6 +59,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the matrix with the bytes of every placement, and end")
     add("--cross", action="store_true", help="all combinations instead of one thing varied at a time; hours")
     add("--only", nargs="+", default=[], metavar="TEXT", help="only workloads whose name contains one of these")
+    add("--placements", nargs="+", default=[], metavar="NAME", help="only these, beside all-HBM")
     add("--table-gb", type=float, default=20.0, help="bytes of all tables, weights and state (default: %(default)s)")
     add("--rounds", type=int, default=4, help="timed blocks of each placement (default: %(default)s)")
     add("--samples", type=int, default=1 << 20, help="of an epoch (default: %(default)s)")
@@ -82,8 +83,11 @@ def _comparisons(args: argparse.Namespace) -> list[Comparison]:
         base = replace(base, dim=16, batch_size=256, budget=0.05)
     if args.device == "cpu":
         return [Comparison(base, (HBM, HOST, FAE_HOST))]
-    found = comparisons(cross=args.cross, base=base)
-    return found[:1] if args.quick else found
+    found = comparisons(cross=args.cross, base=base)[: 1 if args.quick else None]
+    if args.placements:
+        kept = (HBM.name, *args.placements)
+        found = [replace(c, placements=tuple(p for p in c.placements if p.name in kept)) for c in found]
+    return found
 
 
 def _machine(args: argparse.Namespace) -> Machine:
