@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from typing_extensions import Self  # Python 3.10
 
 from fae_torchrec.core.schedule import Cursor, Kind
 
@@ -43,7 +44,45 @@ class BatchSource(Protocol):
         ...
 
 
-class HotKeyedJaggedTensor(KeyedJaggedTensor):
+class AheadKeyedJaggedTensor(KeyedJaggedTensor):
+    """A KeyedJaggedTensor that brings along what was made of its ids ahead of the step, on the host (`SplitAhead`).
+
+    `to`, `pin_memory` and `record_stream` take that along; every other operation (`permute`, `split`, ...) returns a plain
+    KeyedJaggedTensor, which is always right, only slower.
+
+    Attributes:
+        ahead: by the key of the collection it is for, what `BagSplit` gives; nothing where nobody split ahead.
+    """
+
+    ahead: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, kjt: KeyedJaggedTensor, ahead: Mapping[str, Any]) -> Self:
+        """`kjt` with something brought along, without copying it; what a subclass knows of it is kept."""
+        kept = cls.__new__(cls)
+        kept.__dict__.update(kjt.__dict__, ahead=ahead)
+        return kept
+
+    def to(self, device: torch.device, non_blocking: bool = False, dtype: torch.dtype | None = None) -> Self:
+        """As KeyedJaggedTensor.to; everything comes along."""
+        ahead = {key: ids.to(device, non_blocking) for key, ids in self.ahead.items()}
+        return self._kept(super().to(device, non_blocking, dtype), ahead)
+
+    def pin_memory(self) -> Self:
+        """As KeyedJaggedTensor.pin_memory; everything comes along."""
+        return self._kept(super().pin_memory(), {key: ids.pin_memory() for key, ids in self.ahead.items()})
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """As KeyedJaggedTensor.record_stream, for what comes along too."""
+        super().record_stream(stream)
+        for ids in self.ahead.values():
+            ids.record_stream(stream)
+
+    def _kept(self, kjt: KeyedJaggedTensor, ahead: Mapping[str, Any]) -> Self:
+        return self.of(kjt, ahead)
+
+
+class HotKeyedJaggedTensor(AheadKeyedJaggedTensor):
     """A KeyedJaggedTensor whose ids are all hot: an explicit promise by the loader.
 
     The sharded module skips the cold tier, collectives included, for this type. `to` and `pin_memory` keep the promise; every other
@@ -53,30 +92,20 @@ class HotKeyedJaggedTensor(KeyedJaggedTensor):
         one_each: every bag is known to have exactly one id, so that nobody need ask the device; seen when the promise was made on the CPU.
     """
 
-    one_each: bool
+    one_each: bool = False
 
     @classmethod
     def promise(cls, kjt: KeyedJaggedTensor) -> HotKeyedJaggedTensor:
         """Marks `kjt` as hot without copying it. The caller vouches that every id is hot under the placement in use."""
-        hot = cls.__new__(cls)
-        hot.__dict__.update(kjt.__dict__)
-        if "one_each" not in hot.__dict__:
-            lengths = kjt.lengths()
-            hot.one_each = lengths.device.type == "cpu" and lengths.numel() == kjt.values().numel() and bool((lengths == 1).all())
+        hot = cls.of(kjt, getattr(kjt, "ahead", {}))
+        lengths = kjt.lengths()
+        hot.one_each = lengths.device.type == "cpu" and lengths.numel() == kjt.values().numel() and bool((lengths == 1).all())
         return hot
 
-    def to(self, device: torch.device, non_blocking: bool = False, dtype: torch.dtype | None = None) -> HotKeyedJaggedTensor:
-        """As KeyedJaggedTensor.to; the copy is still promised to be hot."""
-        return self._kept(super().to(device, non_blocking, dtype))
-
-    def pin_memory(self) -> HotKeyedJaggedTensor:
-        """As KeyedJaggedTensor.pin_memory; the copy is still promised to be hot."""
-        return self._kept(super().pin_memory())
-
-    def _kept(self, kjt: KeyedJaggedTensor) -> HotKeyedJaggedTensor:
-        hot = self.__class__.__new__(self.__class__)
-        hot.__dict__.update(kjt.__dict__, one_each=self.one_each)
-        return hot
+    def _kept(self, kjt: KeyedJaggedTensor, ahead: Mapping[str, Any]) -> Self:
+        kept = super()._kept(kjt, ahead)
+        kept.one_each = self.one_each
+        return kept
 
 
 def is_hot_batch(batch: Batch) -> bool:

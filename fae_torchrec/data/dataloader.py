@@ -79,9 +79,12 @@ class HotColdDataLoader:
         prefetch: batches of each kind made ready ahead, by threads; 0 does everything in the caller's thread, when it asks.
         shuffle: whether each epoch of a store takes its batches in another order, drawn from `seed`.
         seed: of `shuffle`.
+        split_ahead: splits each batch's ids by tier, by the threads that make batches ready: a `SplitAhead` of the model, for training on a
+            GPU.
 
     Attributes:
         schedule: the order of the kinds.
+        split_ahead: as given; a change takes effect with the next pass.
         epoch: passes finished; the next iteration makes this pass, or what is left of it after `load_state_dict`.
         stats: LoaderStats of the present pass.
 
@@ -108,6 +111,7 @@ class HotColdDataLoader:
         prefetch: int = 2,
         shuffle: bool = False,
         seed: int = 0,
+        split_ahead: Callable[[HotColdBatch], HotColdBatch] | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -140,6 +144,7 @@ class HotColdDataLoader:
         self._rank, self._world_size, self._agree = rank, world_size, agree
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._prefetch = prefetch
+        self.split_ahead = split_ahead
         self._seed = seed if shuffle else None
         self.epoch = 0
         self.stats = LoaderStats({}, {})
@@ -198,7 +203,7 @@ class HotColdDataLoader:
                 taken: dict[Kind, int] = {"hot": place.hot, "cold": place.cold, "mixed": place.cold}
                 for planned in window.plans:
                     window.skip(planned, taken[planned])
-                with closing(ReadyBatches(window, taken, self._prefetch, pin_memory=self._pin_memory)) as ready:
+                with closing(ReadyBatches(window, taken, self._prefetch, pin_memory=self._pin_memory, split=self.split_ahead)) as ready:
                     while not place.cursor.done:
                         if not place.cursor.left:
                             place = place._replace(cursor=self.schedule.next_phase(place.cursor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fae_torchrec.core.errors import ConfigError
@@ -19,15 +20,25 @@ class ReadyBatches:
         taken: steps of each kind that were taken before.
         ahead: batches of each kind made ready; 0 makes each when it is taken, without a thread.
         pin_memory: whether they are copied to pinned memory.
+        split: what is done to each before.
     """
 
-    def __init__(self, window: Window, taken: dict[Kind, int], ahead: int, *, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        window: Window,
+        taken: dict[Kind, int],
+        ahead: int,
+        *,
+        pin_memory: bool,
+        split: Callable[[HotColdBatch], HotColdBatch] | None = None,
+    ) -> None:
         self._window = window
         self._begun = dict(taken)
         self._ahead = ahead
         self._executor = ThreadPoolExecutor(window.threads, "fae-batch") if ahead else None
         self._closed = False
         self._pin_memory = pin_memory
+        self._split = split
         self._ready: dict[Kind, deque[Future[HotColdBatch]]] = {kind: deque() for kind in window.plans}
         for kind in window.plans:
             self._begin(kind)
@@ -65,4 +76,6 @@ class ReadyBatches:
 
     def _make(self, kind: Kind, step: int) -> HotColdBatch:
         batch = self._window.batch(kind, step)
+        if self._split is not None:
+            batch = self._split(batch)
         return batch.pin_memory() if self._pin_memory else batch

@@ -120,6 +120,7 @@ def cold_constraints(
     options: TierOptions,
     given: Mapping[str, ParameterConstraints] | None = None,
     cache: CacheParams | None = None,
+    preferred: tuple[str, ...] = (),
 ) -> dict[str, ParameterConstraints]:
     """Constraints under which the stock planner plans the cold tier.
 
@@ -129,6 +130,7 @@ def cold_constraints(
         given: the user's own constraints by table; their sharding types and kernels are kept where the tier allows them, and those of
             tables that the placement does not know as they are.
         cache: how tables are cached whose constraints do not say (`cold_cache`).
+        preferred: sharding types that tables get whose constraints do not say; of those that the tier may be.
 
     Raises:
         PlannerError: the given constraints leave a table nothing to choose.
@@ -138,7 +140,8 @@ def cold_constraints(
         if placement.kind(table.name) is TableKind.HOT:
             continue
         constraint = copy.deepcopy(constraints.get(table.name, ParameterConstraints()))
-        constraint.sharding_types = _allowed(table.name, "sharding types", constraint.sharding_types, options.sharding_types)
+        types = constraint.sharding_types or list(preferred)
+        constraint.sharding_types = _allowed(table.name, "sharding types", types, options.sharding_types)
         constraint.compute_kernels = _allowed(table.name, "compute kernels", constraint.compute_kernels, options.kernels)
         constraint.cache_params = constraint.cache_params or cache
         constraints[table.name] = constraint

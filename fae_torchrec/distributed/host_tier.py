@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -55,6 +56,11 @@ class HostTier(StockTier):
     def num_inputs(self) -> int:
         """Awaitables that an input dist gives."""
         return 1
+
+    @property
+    def input_dists(self) -> list[nn.Module]:
+        """None: no device takes part in the host's exchange."""
+        return []
 
     def prime(self, device: torch.device, *, weighted: bool) -> None:
         """As StockTier's, on the host."""

@@ -22,6 +22,7 @@ from fae_torchrec.distributed.all_hot_tables import all_hot_tables
 from fae_torchrec.distributed.fused_optimizer import Entry, HotColdFusedOptimizer, HotTierOptimizer, entry
 from fae_torchrec.distributed.homes import Homes
 from fae_torchrec.distributed.host_tier import HOST, HostTier, host_env
+from fae_torchrec.distributed.local_tier import LocalTier
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.replicated import ReplicatedHotTier
 from fae_torchrec.distributed.rows_ahead import RowsAhead
@@ -32,7 +33,7 @@ from fae_torchrec.distributed.tier_tables import Collection, left_configs, merge
 from fae_torchrec.distributed.tiers import FAEContext, StockTier
 from fae_torchrec.modules.lookups import HotGroup, TableConfig, cold_configs, hot_groups, tier_config
 from fae_torchrec.modules.model_tables import table_configs, table_weights
-from fae_torchrec.modules.tier_split import TierSplit
+from fae_torchrec.modules.tier_split import TieredIds, TierSplit
 
 
 class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], Any, FAEContext], FusedOptimizerModule):
@@ -81,14 +82,14 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         weights = table_weights(module)
         groups = hot_groups(configs, self.placement, lambda config: optimizer_key(weights[config.name]))
         mode = BoundsCheckMode((fused_params or {}).get("bounds_check_mode", BoundsCheckMode.WARNING))
-        self.tier_split = self._new_split(groups, mode)
+        self._groups, self._bounds_check_mode = groups, mode
+        self.tier_split = self._new_split(self._device)
         # The tiers stay out of nn.Module's registry (as stock keeps its lookups): names and state are the stock ones.
         self._hot = self._new_hot_tier(module, groups)
         left = left_configs(module, self.placement.tables.names)
         cold_keys = [lookup.key for lookup in self.tier_split.cold_lookups]
-        on_host = plan.cold_on_host and self._device.type != HOST.type
-        self._cold = self._new_stock_tier(module, cold_configs(configs, self.placement), cold_keys, on_host=on_host)
-        self._left = self._new_stock_tier(module, left, [key for config in left for key in config.feature_names])
+        self._cold = self._new_cold_tier(module, cold_configs(configs, self.placement), cold_keys)
+        self._left = self._new_left_tier(module, left)
         cold_lookups = [lookup for tier in self._cold for lookup in tier.module._lookups]
         self._lookups = [*self._hot.lookups, *cold_lookups, *(lookup for tier in self._left for lookup in tier.module._lookups)]
         self._steps = self._hot.step_count = StepCount([*self._hot.lookups, *cold_lookups])
@@ -99,23 +100,28 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         for tier in self._stock_tiers():
             tier.prime(self._device, weighted=bool(getattr(tier.module, "_is_weighted", False)))
 
-    def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> TierSplit:
+    def _new_split(self, device: torch.device) -> TierSplit:
         raise NotImplementedError
 
-    def _split_args(self, groups: list[HotGroup], mode: BoundsCheckMode) -> tuple[Any, ...]:
-        """Arguments of a TierSplit."""
-        compact_above = self.module_sharding_plan.compact_index_above_rows
-        by_group = self.module_sharding_plan.hot_tier == "replicated"
-        return groups, list(self._configs.values()), self.placement, self._device, mode, compact_above, by_group
+    def _split_args(self, device: torch.device) -> tuple[Any, ...]:
+        """Arguments of a TierSplit for ids on a device."""
+        plan = self.module_sharding_plan
+        by_group = plan.hot_tier == "replicated"
+        configs = list(self._configs.values())
+        return self._groups, configs, self.placement, device, self._bounds_check_mode, plan.compact_index_above_rows, by_group
 
-    def _new_stock_module(self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device) -> nn.Module:
+    def _new_stock_module(
+        self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device, fused_params: dict[str, Any] | None
+    ) -> nn.Module:
         raise NotImplementedError
 
     def _new_hot_tier(self, module: Collection, groups: list[HotGroup]) -> ReplicatedHotTier | ShardedHotTier:
         pooled = self.prefix == "embedding_bags"
         if self.module_sharding_plan.hot_tier != "replicated":
             hot = [tier_config(self._configs[name], rows) for group in groups for name, rows in group.tables]
-            stock = self._new_stock_module(tier_collection(module, hot), dict(self.module_sharding_plan.hot), self._env, self._device)
+            stock = self._new_stock_module(
+                tier_collection(module, hot), dict(self.module_sharding_plan.hot), self._env, self._device, self._fused_params
+            )
             return (ShardedHotBags if pooled else ShardedHotSequences)(stock, groups, self._env.process_group, self._device)
         codecs = (self.qcomm_codecs_registry or {}).get(self.gradient_comm.name)
         return ReplicatedHotTier(
@@ -128,14 +134,30 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
             codec=codecs.backward if codecs else None,
         )
 
-    def _new_stock_tier(self, module: Collection, configs: list[TableConfig], keys: list[str], *, on_host: bool = False) -> list[StockTier]:
-        """A stock tier as a list of one, or of none where it has no table."""
+    def _new_cold_tier(self, module: Collection, configs: list[TableConfig], keys: list[str]) -> list[StockTier]:
+        """The cold tier as a list of one, or of none where no table has a cold row."""
         if not configs:
             return []
+        # TierSplit has brought the ids into bounds.
+        params = {**(self._fused_params or {}), "bounds_check_mode": BoundsCheckMode.NONE}
+        if self.module_sharding_plan.cold_on_host and self._device.type != HOST.type:
+            return [HostTier(self._new_homes(module, configs, host_env(self._env), HOST, params), configs, keys)]
+        stock = self._new_homes(module, configs, self._env, self._device, params)
+        local = self._env.world_size == 1 and self.prefix == "embedding_bags" and LocalTier.fits(stock)
+        return [(LocalTier if local else StockTier)(stock, configs, keys)]
+
+    def _new_left_tier(self, module: Collection, configs: list[TableConfig]) -> list[StockTier]:
+        """The tables left to stock sharding, as a list of one or of none."""
+        if not configs:
+            return []
+        stock = self._new_homes(module, configs, self._env, self._device, self._fused_params)
+        return [StockTier(stock, configs, [key for config in configs for key in config.feature_names])]
+
+    def _new_homes(
+        self, module: Collection, configs: list[TableConfig], env: ShardingEnv, device: torch.device, fused_params: dict[str, Any] | None
+    ) -> nn.Module:
         plan = {config.name: self.module_sharding_plan[config.name] for config in configs}
-        env, device = (host_env(self._env), HOST) if on_host else (self._env, self._device)
-        stock = self._new_stock_module(tier_collection(module, configs), plan, env, device)
-        return [(HostTier if on_host else StockTier)(stock, configs, keys)]
+        return self._new_stock_module(tier_collection(module, configs), plan, env, device, fused_params)
 
     def _stock_tiers(self) -> list[StockTier]:
         return [*self._cold, *self._left]
@@ -204,7 +226,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         """
         promised_hot = isinstance(features, HotKeyedJaggedTensor)
         with torch.no_grad():
-            ctx.ids = ids = self.tier_split(features, promised_hot=promised_hot)
+            ctx.ids = ids = self._by_tier(features, promised_hot=promised_hot)
             awaitables: list[Awaitable[Any]] = [self._hot.input_dist(ids, promised_hot=promised_hot)]
             ctx.sharding_contexts.append(None)
             for tier in self._cold if ids.cold is not None else []:
@@ -214,6 +236,11 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
                 ctx.left, started = tier.input_dist(ctx, self._left_features(features, tier))
                 awaitables.extend(started)
         return KJTListSplitsAwaitable(awaitables, ctx, self._module_fqn)
+
+    def _by_tier(self, features: KeyedJaggedTensor, *, promised_hot: bool) -> TieredIds:
+        """A batch's ids by tier."""
+        ids: TieredIds = self.tier_split(features, promised_hot=promised_hot)
+        return ids
 
     def _look_up(
         self, ctx: FAEContext, inputs: KJTList
@@ -340,12 +367,17 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
     @property
     def _input_dists(self) -> list[nn.Module]:
         """The stock tiers' input dists: TorchRec's pipelines fuse their splits exchange."""
-        tiers = [tier for tier in self._stock_tiers() if not isinstance(tier, HostTier)]  # no device takes part in the host's exchange
-        return [input_dist for tier in tiers for input_dist in tier.module._input_dists]
+        return [input_dist for tier in self._stock_tiers() for input_dist in tier.input_dists]
 
     @_input_dists.setter
     def _input_dists(self, value: list[nn.Module]) -> None:
         assert not value, "set by the base class to an empty list only"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Leaves everything where it is if some of it lies on the host: DistributedModelParallel moves a model to its device."""
+        if any(isinstance(tier, HostTier) for tier in self._cold):
+            return self
+        return super()._apply(fn, recurse)
 
     def write_back(self) -> None:
         """Copies every hot row, weights and optimizer state, to its home, unless none has changed since.

@@ -98,7 +98,9 @@ class FAEShardingPlanner(ShardingPlanner):
         self._hot_options = hot_options(hot_tier, self._topology.compute_device)
         check_constraints(placement, constraints or {})
         cache = cold_cache(placement, self._cold_options, cold_cache_bytes, self._topology.world_size)
-        self._cold_constraints = cold_constraints(placement, self._cold_options, constraints, cache)
+        # On a single rank all sharding types hold the same rows, and table-wise has the least to do (`LocalTier`).
+        types = self._cold_options.sharding_types[: 1 if self._topology.world_size == 1 else None]
+        self._cold_constraints = cold_constraints(placement, self._cold_options, constraints, cache, types)
         self._hot_constraints = hot_constraints(placement, self._hot_options, constraints)
         both = sorted(set(self._stock_tables) & set(placement.tables.names))
         if both:

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torchrec.distributed.types import LazyAwaitable
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 
 @dataclass
@@ -25,10 +22,10 @@ class RowsAhead:
 
     loads: int
     resume: Callable[[int], None]
-    output: LazyAwaitable[Any] | None = None
+    output: Any = None
     step: int = 0
 
-    def take(self, step: int) -> LazyAwaitable[Any]:
+    def take(self, step: int) -> Any:
         """The output, at the batch's turn."""
         assert self.output is not None
         self.step = step
@@ -36,12 +33,17 @@ class RowsAhead:
 
 
 class LookupAhead:
-    """Stands for a stock lookup while a batch is looked up ahead: the values now, the forward that the update needs in backward."""
+    """Stands for a lookup while a batch is looked up ahead: the values now, the forward that the update needs in backward.
 
-    def __init__(self, lookup: nn.Module, ahead: RowsAhead) -> None:
+    Args:
+        lookup: from ids (that know their `device()`) to values.
+        ahead: the batch's.
+    """
+
+    def __init__(self, lookup: Callable[[Any], torch.Tensor], ahead: RowsAhead) -> None:
         self._lookup, self._ahead = lookup, ahead
 
-    def __call__(self, features: KeyedJaggedTensor) -> torch.Tensor:
+    def __call__(self, features: Any) -> torch.Tensor:
         """The lookup's values, trainable."""
         anchor = torch.empty(0, device=features.device(), requires_grad=True)  # what makes autograd call the backward
         values: torch.Tensor = _ValuesAhead.apply(anchor, self._lookup, self._ahead, features)  # type: ignore[no-untyped-call]
@@ -52,9 +54,9 @@ class _ValuesAhead(torch.autograd.Function):
     """A lookup's values, whose backward is that of a lookup made in backward."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, lookup: nn.Module, ahead: RowsAhead, features: KeyedJaggedTensor) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, lookup: Callable[[Any], torch.Tensor], ahead: RowsAhead, features: Any) -> torch.Tensor:
         ctx.lookup, ctx.ahead, ctx.features = lookup, ahead, features
-        values: torch.Tensor = lookup(features)
+        values = lookup(features)
         return values.detach()  # a rank without a table gives a buffer of its own
 
     @staticmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import KJTList
@@ -16,7 +15,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
 from fae_torchrec.distributed.tier_tables import Collection
 from fae_torchrec.distributed.tiers import FAEContext
-from fae_torchrec.modules.lookups import HotGroup, stock_names
+from fae_torchrec.modules.lookups import stock_names
 from fae_torchrec.modules.sequence_split import SequenceIds, SequenceSplit, join_rows
 
 Sequences = dict[str, JaggedTensor]
@@ -37,12 +36,14 @@ class ShardedFAEEmbeddingCollection(ShardedHotColdModule):
         super().__init__(*args, **kwargs)
         self.stock_names = stock_names(list(self._configs.values()))
 
-    def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> SequenceSplit:
-        return SequenceSplit(*self._split_args(groups, mode))
+    def _new_split(self, device: torch.device) -> SequenceSplit:
+        return SequenceSplit(*self._split_args(device))
 
-    def _new_stock_module(self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device) -> nn.Module:
+    def _new_stock_module(
+        self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device, fused_params: dict[str, Any] | None
+    ) -> nn.Module:
         module: nn.Module = ShardedEmbeddingCollection(
-            collection, plan, env, self._fused_params, device, self.qcomm_codecs_registry, module_fqn=self._module_fqn
+            collection, plan, env, fused_params, device, self.qcomm_codecs_registry, module_fqn=self._module_fqn
         )
         return module
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable, CommOp, LazyAwaitable, LazyGetItemMixin, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from fae_torchrec.core.fingerprint import fingerprint
+from fae_torchrec.data.batches import AheadKeyedJaggedTensor
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
 from fae_torchrec.distributed.tier_tables import Collection
 from fae_torchrec.distributed.tiers import FAEContext
 from fae_torchrec.modules.bag_split import BagSplit
-from fae_torchrec.modules.lookups import HotGroup, stock_names
+from fae_torchrec.modules.lookups import stock_names
 from fae_torchrec.modules.pooling import TierJoin
-from fae_torchrec.modules.tier_split import TieredIds
+from fae_torchrec.modules.tier_split import AheadIds, TieredIds
 
 
 class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
@@ -28,6 +32,7 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
     stock_type = EmbeddingBagCollection
     prefix = "embedding_bags"
     gradient_comm = CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL
+    tier_split: BagSplit
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,15 +42,42 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
         columns = [name for tier in self._cold for name in tier.module._embedding_names]
         self.tier_join = TierJoin(split.lookups, columns, [lookup.key for lookup in split.cold_lookups], self._device)
         self.stock_names = stock_names(list(self._configs.values()))
+        lookups = [lookup.key for lookup in split.lookups]
+        self.split_key = fingerprint("tier split", self.placement.fingerprint, lookups, self.module_sharding_plan.hot_tier)
+        self._host_join = copy.deepcopy(self.tier_join).to("cpu")  # small; for `with_units`
 
-    def _new_split(self, groups: list[HotGroup], mode: BoundsCheckMode) -> BagSplit:
-        return BagSplit(*self._split_args(groups, mode))
+    def _new_split(self, device: torch.device) -> BagSplit:
+        return BagSplit(*self._split_args(device))
 
-    def _new_stock_module(self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device) -> nn.Module:
+    def _new_stock_module(
+        self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device, fused_params: dict[str, Any] | None
+    ) -> nn.Module:
         module: nn.Module = ShardedEmbeddingBagCollection(
-            collection, plan, env, self._fused_params, device, self.qcomm_codecs_registry, self._module_fqn
+            collection, plan, env, fused_params, device, self.qcomm_codecs_registry, self._module_fqn
         )
         return module
+
+    def host_split(self) -> BagSplit:
+        """A split of the same tables for ids on the CPU, with the fastest index there is."""
+        return BagSplit(*self._split_args(torch.device("cpu"))[:5], compact_above_rows=sys.maxsize, by_group=self.tier_split.by_group)
+
+    def with_units(self, ahead: AheadIds) -> AheadIds:
+        """Ids that `host_split` has split, ready to be sent: with everything known of them that can be."""
+        if ahead.ids.cold_at is not None:
+            ahead.ids.units = self._host_join.units(ahead.ids.cold_at)
+            ahead.ids.cold_at = None
+        return ahead
+
+    def _by_tier(self, features: KeyedJaggedTensor, *, promised_hot: bool) -> TieredIds:
+        ahead = features.ahead.get(self.split_key) if isinstance(features, AheadKeyedJaggedTensor) else None
+        if ahead is not None:
+            ids = self.tier_split.arrived(ahead)
+            if self._env.world_size > 1:  # the ranks tell each other
+                ids = replace(ids, misses=ids.misses.to(self._device, non_blocking=True))
+            return ids
+        ids = super()._by_tier(features, promised_hot=promised_hot)
+        ids.units = None if ids.cold_at is None else self.tier_join.units(ids.cold_at)
+        return ids
 
     def compute_and_output_dist(self, ctx: FAEContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Looks all tiers up and joins them when waited for."""
@@ -72,7 +104,7 @@ class _BagsAwaitable(LazyGetItemMixin[str, torch.Tensor], LazyAwaitable[KeyedTen
         module, ids = self._module, self._ids
         cold = None if self._cold is None else self._cold.wait().values().to(module._device)
         joined = module.tier_join.keyed(
-            module.clip_gradient(module.tier_join(module.wait_for_hot(self._hot), cold, ids.cold_at, ids.lengths))
+            module.clip_gradient(module.tier_join(module.wait_for_hot(self._hot), cold, ids.units, ids.lengths))
         )
         if self._left is None:
             return joined

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.types import Awaitable, LazyAwaitable
@@ -72,12 +73,15 @@ class StockTier:
         ctx.sharding_contexts.extend(stock.sharding_contexts)
         return stock, awaitables
 
-    def look_up(self, stock: Multistreamable, inputs: Sequence[Any]) -> LazyAwaitable[Any]:
+    def look_up(self, stock: Multistreamable, inputs: Sequence[Any]) -> Any:
         """Looks a batch up and starts its output dist.
 
         Args:
             stock: the batch's stock context.
             inputs: what its input dist gave.
+
+        Returns:
+            What to `wait()` for: the stock collection's output.
         """
         output: LazyAwaitable[Any] = self.module.compute_and_output_dist(stock, KJTList(list(inputs)))
         self.cache.looked_up()
@@ -119,6 +123,11 @@ class StockTier:
             lookup.flush()
             lookup.purge()
         self.cache.used()
+
+    @property
+    def input_dists(self) -> list[nn.Module]:
+        """The stock input dists, whose exchange of splits TorchRec's pipelines fuse."""
+        return list(self.module._input_dists)
 
     @property
     def num_inputs(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
-from fae_torchrec.modules.tier_split import TieredIds, TierSplit, hot_alone
+from fae_torchrec.modules.tier_split import AheadIds, HotBags, TieredIds, TierSplit, hot_alone
 
 
 class _BagOrder:
@@ -18,7 +19,8 @@ class _BagOrder:
     Args:
         widths: lookups of each group.
         samples: of the batch.
-        lengths: of its bags, for their dtype and device.
+        dtype: of lengths.
+        device: of everything.
 
     Attributes:
         bags: int32 [bags]: which bag of the batch comes next.
@@ -27,11 +29,12 @@ class _BagOrder:
         first: first bag of every group, and the number of bags.
     """
 
-    def __init__(self, widths: list[int], samples: int, lengths: torch.Tensor) -> None:
+    def __init__(self, widths: list[int], samples: int, dtype: torch.dtype, device: torch.device) -> None:
         self._widths, self._samples = widths, samples
-        self.bags = self.turned(torch.arange(lengths.numel(), dtype=torch.int32, device=lengths.device))
-        self.ones = torch.ones_like(lengths)
-        self.one_each = torch.arange(lengths.numel() + 1, device=lengths.device)
+        bags = samples * sum(widths)
+        self.bags = self.turned(torch.arange(bags, dtype=torch.int32, device=device))
+        self.ones = torch.ones(bags, dtype=dtype, device=device)
+        self.one_each = torch.arange(bags + 1, device=device)
         self.first = [samples * width for width in accumulate(widths, initial=0)]
 
     def turned(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,7 @@ class BagSplit(TierSplit):
         """
         values, lengths, weights = self._in_order(features)
         samples, sizes = features.stride(), self._sizes(features)
-        order = self._order(samples, lengths)
+        order = self._order(samples, lengths.dtype, lengths.device)
         one_each = self._one_each(features, values, lengths, order)
         offsets = order.one_each if one_each else torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
         slots = self._find(values, offsets)
@@ -81,8 +84,8 @@ class BagSplit(TierSplit):
                 cold, cold_at = self._pack_one_each(values, weights, slots, samples, counts)
             else:
                 cold, cold_at = self._pack_bags(values, offsets, weights, slots, samples)
-        if not self._by_group:
-            hot = [hot_alone(slots, lengths, weights)]
+        if not self.by_group:
+            hot = [hot_alone(slots, offsets, weights)]
         elif one_each:
             turned = None if weights is None else order.turned(weights)
             hot = self._by_groups(order.turned(slots), order.one_each, turned, order.first, order.first)
@@ -91,15 +94,41 @@ class BagSplit(TierSplit):
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths_then.to(torch.int64))
             hot = self._by_groups(slots, offsets, weights, order.first, sizes)
         whole = lengths.view(len(self.lookups), samples).t() if self._any_mean else None
-        return TieredIds(hot, cold, cold_at, misses, whole)
+        return TieredIds(hot, cold, cold_at, misses, whole, one_each=bool(one_each) and self.by_group)
 
-    def _order(self, samples: int, lengths: torch.Tensor) -> _BagOrder:
+    def ahead(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> AheadIds:
+        """Splits one batch on the host, to be sent to the device before its step.
+
+        Args:
+            features: as `forward`, on the CPU.
+            promised_hot: as `forward`.
+
+        Raises:
+            DataError: as `forward`.
+        """
+        ids = self(features, promised_hot=promised_hot)
+        if ids.cold is not None:
+            ids.cold.offsets()  # kept there: nothing is left to compute on the device
+        if ids.one_each:
+            none = torch.empty(0, dtype=torch.int64)
+            ids.hot = [HotBags(bags.slots, none, bags.weights) for bags in ids.hot]
+        return AheadIds(ids, features.stride())
+
+    def arrived(self, ahead: AheadIds) -> TieredIds:
+        """What `forward` gives, of ids that were split by a BagSplit of the same tables on the host."""
+        ids = ahead.ids
+        if not ids.one_each:
+            return ids
+        starts = self._order(ahead.samples, torch.int32, ids.hot[0].slots.device).one_each
+        return replace(ids, hot=[HotBags(bags.slots, starts[: bags.slots.numel() + 1], bags.weights) for bags in ids.hot])
+
+    def _order(self, samples: int, dtype: torch.dtype, device: torch.device) -> _BagOrder:
         """The order of a batch's bags, made once for a batch size."""
-        key = samples, lengths.dtype, lengths.device
+        key = samples, dtype, device
         if key not in self._orders:
             if len(self._orders) > 8:  # odd last batches
                 self._orders.clear()
-            self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, lengths)
+            self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, dtype, device)
         return self._orders[key]
 
     def _sizes(self, features: KeyedJaggedTensor) -> list[int]:

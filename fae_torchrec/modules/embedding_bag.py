@@ -61,7 +61,8 @@ class FAEEmbeddingBagCollection(HotColdCollection, EmbeddingBagCollectionInterfa
         """
         ids = self.tier_split(features)
         cold = self.cold(ids.cold.to(self.cold.device)).values().to(self._device) if self.cold is not None else None
-        return self._join.keyed(self._join(join_groups(self.sum_hot(ids.hot), self._groups), cold, ids.cold_at, ids.lengths))
+        units = None if ids.cold_at is None else self._join.units(ids.cold_at)
+        return self._join.keyed(self._join(join_groups(self.sum_hot(ids.hot), self._groups), cold, units, ids.lengths))
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The stock tables."""

@@ -51,23 +51,27 @@ class TierJoin(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value.to(device), persistent=False)
 
+    def units(self, cold_at: torch.Tensor) -> torch.Tensor:
+        """Where each unit of the cold tier's output belongs: int64 [packed bags x units of the cold columns], from `cold_at`."""
+        units = torch.add(self.cold_unit, cold_at.index_select(0, self.cold_lookup), alpha=self._units)
+        return units.t().reshape(-1)
+
     def forward(
-        self, hot: torch.Tensor, cold: torch.Tensor | None, cold_at: torch.Tensor | None, lengths: torch.Tensor | None
+        self, hot: torch.Tensor, cold: torch.Tensor | None, units: torch.Tensor | None, lengths: torch.Tensor | None
     ) -> torch.Tensor:
         """Joins one batch.
 
         Args:
             hot: contiguous, [B, sum of dims] in whatever shape: sums over the hot ids; changed in place.
             cold: [packed bags, columns of the cold tier] sums, or None.
-            cold_at: int64 [cold lookups, packed bags]: the sample of each packed bag.
+            units: where each unit of `cold` is added, as `units` says; None without `cold`.
             lengths: int [B, lookups]: ids of each bag in both tiers, where any lookup is a mean.
 
         Returns:
             [B, sum of dims].
         """
-        if cold is not None and cold_at is not None:
-            units = torch.add(self.cold_unit, cold_at.index_select(0, self.cold_lookup), alpha=self._units)
-            hot = add_units(hot, cold, units.t().reshape(-1), self._unit)
+        if cold is not None and units is not None:
+            hot = add_units(hot, cold, units, self._unit)
         values = hot.view(-1, self._units * self._unit)
         if lengths is not None:
             divisor = torch.where(self.mean, lengths.to(values.dtype).clamp_(min=1), 1)  # an empty bag is zero

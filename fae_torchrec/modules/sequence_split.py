@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -25,7 +25,7 @@ class SequenceIds(TieredIds):
         length_per_lookup: ids of each lookup.
     """
 
-    length_per_lookup: list[int]
+    length_per_lookup: list[int] = field(default_factory=list)
 
     def by_lookup(self, rows: torch.Tensor, lookups: Sequence[Lookup]) -> dict[str, JaggedTensor]:
         """Cuts the joined rows [ids, dim] into one JaggedTensor per lookup, by its key."""
@@ -71,9 +71,9 @@ class SequenceSplit(TierSplit):
                 length_per_key=cold_counts,
             )
         one_each = torch.arange(slots.numel() + 1, device=slots.device)
-        alone = not self._by_group
-        bags = [hot_alone(slots, one_each.diff(), None)] if alone else self._by_groups(slots, one_each, None, first_bags, first_bags)
-        return SequenceIds(bags, cold, cold_at, misses, lengths, counts)
+        alone = not self.by_group
+        bags = [hot_alone(slots, one_each, None)] if alone else self._by_groups(slots, one_each, None, first_bags, first_bags)
+        return SequenceIds(bags, cold, cold_at, misses, lengths, length_per_lookup=counts)
 
 
 def join_rows(hot: torch.Tensor, cold: Mapping[str, JaggedTensor] | None, ids: SequenceIds) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -31,6 +32,10 @@ class HotBags(Multistreamable):
     offsets: torch.Tensor
     weights: torch.Tensor | None
 
+    def moved(self, move: Callable[[Any], Any]) -> HotBags:
+        """The same somewhere else."""
+        return HotBags(move(self.slots), move(self.offsets), None if self.weights is None else move(self.weights))
+
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
         for tensor in (self.slots, self.offsets, self.weights):
@@ -49,6 +54,8 @@ class TieredIds(Multistreamable):
         cold_at: where the cold tier's output belongs (see the subclass that made it); None where `cold` is.
         misses: int64 [1]: ids that are not hot in a batch promised to be hot (0 when the promise was kept); 0 for other batches.
         lengths: int [samples, lookups], ids of each bag in both tiers, where means are to be divided by it; else None.
+        units: int64, where each unit of the cold tier's output is added (`TierJoin.units`); None until somebody has found out.
+        one_each: whether every bag is known to have one id.
     """
 
     hot: list[HotBags]
@@ -56,12 +63,47 @@ class TieredIds(Multistreamable):
     cold_at: torch.Tensor | None
     misses: torch.Tensor
     lengths: torch.Tensor | None
+    units: torch.Tensor | None = None
+    one_each: bool = False
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
-        for part in (*self.hot, self.cold, self.cold_at, self.misses, self.lengths):
+        for part in (*self.hot, self.cold, self.cold_at, self.lengths, self.units):
             if part is not None:
                 part.record_stream(stream)
+        if self.misses.device.type != "cpu":  # of ids split ahead they stay on the host
+            self.misses.record_stream(stream)
+
+
+@dataclass
+class AheadIds(Multistreamable):
+    """One batch's ids by tier on their way from the host, where they were split; what `BagSplit.arrived` makes TieredIds of again.
+
+    Attributes:
+        ids: by tier. Offsets of bags with one id each do not travel: the device has them.
+        samples: of the batch.
+    """
+
+    ids: TieredIds
+    samples: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> AheadIds:
+        """A copy on a device; `misses` stay on the host, which asks."""
+        return self._moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AheadIds:
+        """A copy in pinned memory."""
+        return self._moved(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for `stream`."""
+        self.ids.record_stream(stream)
+
+    def _moved(self, move: Callable[[Any], Any]) -> AheadIds:
+        ids = self.ids
+        cold, cold_at, lengths, units = (None if part is None else move(part) for part in (ids.cold, ids.cold_at, ids.lengths, ids.units))
+        hot = [bags.moved(move) for bags in ids.hot]
+        return AheadIds(replace(ids, hot=hot, cold=cold, cold_at=cold_at, lengths=lengths, units=units), self.samples)
 
 
 class TierSplit(nn.Module):
@@ -99,7 +141,7 @@ class TierSplit(nn.Module):
     ) -> None:
         super().__init__()
         self.groups = list(groups)
-        self._by_group = by_group
+        self.by_group = by_group
         self.lookups: list[Lookup] = [lookup for group in groups for lookup in group.lookups]
         self.cold_lookups = [lookup for lookup in self.lookups if lookup.kind is not TableKind.HOT]
         rows = {config.name: config.num_embeddings for config in configs if config.name in placement.tables.names}
@@ -206,9 +248,12 @@ class TierSplit(nn.Module):
         ]
 
 
-def hot_alone(slots: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None) -> HotBags:
-    """The hot ids without the cold ones, in the same bags, for a tier that has no row for these."""
+def hot_alone(slots: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> HotBags:
+    """The hot ids without the cold ones, in the same bags, for a tier that has no row for these. One host synchronisation on CUDA.
+
+    (FBGEMM's `masked_select_jagged_1d` has no CUDA kernel in 1.6.)
+    """
     is_hot = slots >= 0
-    hot, hot_lengths = torch.ops.fbgemm.masked_select_jagged_1d(slots, lengths, is_hot)
-    offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(hot_lengths)
-    return HotBags(hot, offsets, None if weights is None else weights[is_hot])
+    hot = is_hot.nonzero().squeeze(1)
+    hot_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(is_hot.to(torch.int64)).index_select(0, offsets)
+    return HotBags(slots.index_select(0, hot), hot_offsets, None if weights is None else weights.index_select(0, hot))

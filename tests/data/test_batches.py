@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from fae_torchrec.data.batches import HotKeyedJaggedTensor, is_hot_batch
+from fae_torchrec.data.batches import AheadKeyedJaggedTensor, HotKeyedJaggedTensor, is_hot_batch
 
 CPU = torch.device("cpu")
 
@@ -117,5 +118,25 @@ def test_splitting_off_nothing_is_the_tensor_itself() -> None:
     assert hot.split([2])[0] is hot
 
 
-def test_record_stream_is_that_of_the_plain_tensor() -> None:
-    assert HotKeyedJaggedTensor.record_stream is KeyedJaggedTensor.record_stream
+def test_what_was_made_ahead_comes_along_and_is_kept_for_streams() -> None:
+    class Ahead:
+        def __init__(self, where: str) -> None:
+            self.where, self.streams = where, []  # type: ignore[var-annotated]
+
+        def to(self, device: torch.device, non_blocking: bool) -> Ahead:
+            return Ahead(f"{self.where}, {device}, {non_blocking}")
+
+        def record_stream(self, stream: object) -> None:
+            self.streams.append(stream)
+
+    for kind in (HotKeyedJaggedTensor, AheadKeyedJaggedTensor):
+        kjt = KeyedJaggedTensor(["a"], torch.tensor([1]), lengths=torch.tensor([1]))
+        made = kind.of(HotKeyedJaggedTensor.promise(kjt), {"c": Ahead("host")})
+        moved = made.to(torch.device("cpu"), non_blocking=True)
+        assert type(moved) is kind and moved.ahead["c"].where == "host, cpu, True"
+        with mock.patch.object(KeyedJaggedTensor, "record_stream") as plain:
+            moved.record_stream("a stream")
+        assert moved.ahead["c"].streams == ["a stream"] and plain.call_count == 1
+        assert type(moved.permute([0])) is KeyedJaggedTensor
+    assert moved is not made
+    assert kind.of(kjt, {}).to(torch.device("cpu")).ahead == {}

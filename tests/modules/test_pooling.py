@@ -31,7 +31,7 @@ AT = torch.tensor([[1, 0], [0, 1]])  # the samples of the packed bags of s, of c
 
 def test_packed_bags_are_added_to_their_samples() -> None:
     hot = HOT.clone()
-    joined = _join()(hot, COLD, AT, None)
+    joined = _join()(hot, COLD, _join().units(AT), None)
     assert joined.tolist() == [[1, 1, 52, 52, 63, 63, 10, 10], [4, 4, 25, 25, 36, 36, 40, 40]]
     assert joined.data_ptr() == hot.data_ptr(), "in place"
     keyed = _join().keyed(joined)
@@ -41,7 +41,7 @@ def test_packed_bags_are_added_to_their_samples() -> None:
 
 
 def test_means_are_divided_once_by_the_length_of_the_whole_bag() -> None:
-    joined = _join(mean=True)(HOT.clone(), COLD, AT, torch.tensor([[9, 2, 9], [9, 0, 9]]))
+    joined = _join(mean=True)(HOT.clone(), COLD, _join().units(AT), torch.tensor([[9, 2, 9], [9, 0, 9]]))
     assert joined.tolist() == [[1, 1, 26, 26, 31.5, 31.5, 10, 10], [4, 4, 25, 25, 36, 36, 40, 40]], "an empty bag is divided by one"
 
 
@@ -53,7 +53,7 @@ def test_a_hot_batch_is_the_hot_tiers_output() -> None:
 def test_gradients_reach_both_tiers() -> None:
     hot, cold = HOT.clone().requires_grad_(), COLD.clone().requires_grad_()
     weights = torch.arange(16.0).view(2, 8)
-    (_join()(hot * 1, cold, AT, None) * weights).sum().backward()
+    (_join()(hot * 1, cold, _join().units(AT), None) * weights).sum().backward()
     assert hot.grad is not None and torch.equal(hot.grad, weights)
     assert cold.grad is not None
     assert cold.grad.tolist() == [[6, 7, 10, 11, 12, 13], [14, 15, 2, 3, 4, 5]]
