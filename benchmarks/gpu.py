@@ -61,8 +61,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", default=[], metavar="TEXT", help="only workloads whose name contains one of these")
     add("--placements", nargs="+", default=[], metavar="NAME", help="only these, beside all-HBM")
     add("--table-gb", type=float, default=20.0, help="bytes of all tables, weights and state (default: %(default)s)")
-    add("--rounds", type=int, default=4, help="timed blocks of each placement (default: %(default)s)")
-    add("--samples", type=int, default=1 << 20, help="of an epoch (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="timed blocks of each placement (default: %(default)s)")
+    add("--samples", type=int, default=1 << 19, help="of an epoch (default: %(default)s)")
     add("--profile-samples", type=int, default=1 << 22, help="that hot sets are selected from (default: %(default)s)")
     add("--minutes", type=float, default=7.5, help="after which nothing more is begun (default: %(default)s)")
     add("--host-gib", type=float, help="memory of the host (default: what the machine says)")
@@ -120,7 +120,9 @@ def _measured(
         device=device,
         trace=None if args.trace is None else tracer(args.trace),
     )
-    measurement = Measurement(options, lambda text: print(f"[{time.monotonic() - began:5.0f} s] {text}", file=sys.stderr, flush=True))
+    measurement = Measurement(
+        options, machine, lambda text: print(f"[{time.monotonic() - began:5.0f} s] {text}", file=sys.stderr, flush=True)
+    )
     record = {
         **record_header("gpu", argv),
         "seed": args.seed,

@@ -11,25 +11,28 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from gpu_counts import cache_counts, device_ms, rows_touched
 from gpu_data import ZipfSamples, placement_of, profile_of
-from gpu_scenarios import SLOT_BYTES, Comparison, Placement, Workload
-from gpu_trainee import Runner, Trainee, allocated
+from gpu_scenarios import Comparison, Machine, Placement, Workload
+from gpu_trainee import ModelPool, Runner, Trainee, allocated
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.core.tables import Optimizer
+from fae_torchrec.data.batches import HotColdBatch
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.store_writer import write_store
+from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.dlrm import build_dlrm
 
 _SETTLE = 6  # steps after a pipeline was made or the stage was changed: filling it, first kernels
 _SLOW_MS = 40.0  # a step that takes longer is measured in short blocks
 _COUNTED = 6  # batches whose rows are counted
+STAGES = ("samples_per_s", "embedding_samples_per_s")
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class Options:
         seed: of all draws.
         deadline: `time.monotonic` after which nothing more is begun.
         device: where.
-        trace: gets the pipelines to look at with a profiler, of the base comparison; None: no.
+        trace: gets the pipelines to look at with a profiler; None: no.
     """
 
-    samples: int = 1 << 20
+    samples: int = 1 << 19
     min_steps: int = 24
-    rounds: int = 4
+    rounds: int = 3
     profile_samples: int = 1 << 22
     seed: int = 0
     deadline: float = float("inf")
@@ -58,10 +61,17 @@ class Options:
 
 
 class Measurement:
-    """Keeps what comparisons share: profiles by law and rows, and the epoch's batches."""
+    """Keeps what comparisons share: models, and profiles by law and rows.
 
-    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+    Args:
+        options: how long to measure.
+        machine: its memory.
+        say: gets a line about what was done.
+    """
+
+    def __init__(self, options: Options, machine: Machine, say: Callable[[str], None]) -> None:
         self.options, self._say = options, say
+        self._models = ModelPool(machine, options.device)
         self._profiles: dict[tuple[Any, ...], PopularityProfile] = {}
 
     def run(self, comparison: Comparison, cut: Sequence[Sequence[Placement]]) -> dict[str, Any]:
@@ -71,73 +81,61 @@ class Measurement:
             JSON values: the workload, and for every placement samples/s of the blocks, times of the embedding stage, bytes and counts.
         """
         workload = comparison.workload
-        result: dict[str, Any] = {"workload": {**asdict(workload), "name": workload.name, "rows": workload.num_rows}, "placements": {}}
+        result: dict[str, Any] = {"workload": {**asdict(workload), "name": workload.name, "num_rows": workload.num_rows}, "placements": {}}
         batches = self._batches(workload)
-        result["link_rows"] = {"all": _rows_touched(batches[:_COUNTED], None)}
+        result["rows_touched"] = rows_touched(batches[:_COUNTED], None)
         for number, group in enumerate(cut):
             if time.monotonic() > self.options.deadline:
-                result["skipped"] = [placement.name for placement in group]
+                result["skipped"] = [placement.name for placement in group if placement.name not in result["placements"]]
                 break
-            self._measure_group(workload, group, batches, number, result)
+            self._measure_group(workload, group, batches, number, result["placements"])
         return result
 
     def _measure_group(
-        self, workload: Workload, group: Sequence[Placement], batches: list[Batch], number: int, result: dict[str, Any]
+        self, workload: Workload, group: Sequence[Placement], batches: list[Batch], number: int, entries: dict[str, Any]
     ) -> None:
-        trainees: dict[tuple[object, ...], Trainee] = {}
         runners: dict[str, Runner] = {}
+        keys = [placement.model_key(workload) for placement in group]
         with ExitStack() as stack:
             for placement in group:
                 began = time.monotonic()
                 rows = self._rows(workload, placement)
-                if placement.model_key not in trainees:
-                    trainees[placement.model_key] = Trainee(placement, workload, rows, self.options.device)
-                trainee = trainees[placement.model_key]
-                own, again = self._feed(placement, workload, batches, rows, stack)
+                trainee = self._models.get(placement, workload, rows, keys)
+                own, again = self._feed(placement, workload, batches, rows, trainee, stack)
                 runners[placement.name] = Runner(trainee, placement, own, again)
                 entry = _described(placement, workload, rows, own, trainee, number)
                 entry["build_s"] = round(time.monotonic() - began, 2)
-                kept = result["placements"].setdefault(placement.name, entry)
-                for name in ("samples_per_s", "embedding_samples_per_s"):
-                    kept.setdefault(name, [])
-                self._say(f"{workload.name}: built {placement.name} in {entry['build_s']} s")
-            for stage in ("samples_per_s", "embedding_samples_per_s"):
-                self._rounds(stage, runners, number, result["placements"])
-            for runner in runners.values():
-                runner.release()
-            for name, runner in runners.items():
-                if runner.trainee.cache_kernels():
-                    result["placements"][name]["cache"] = _cache_counts(runner, workload)
-        del runners, trainees
-        if self.options.device.type == "cuda":
-            torch.cuda.empty_cache()
+                entries.setdefault(placement.name, entry)
+                self._say(f"{workload.name}: {placement.name} is ready after {entry['build_s']} s")
+            for stage in STAGES:
+                self._rounds(stage, runners, number, entries)
+            self._counts(workload, runners, entries)
 
     def _rounds(self, stage: str, runners: dict[str, Runner], number: int, entries: dict[str, Any]) -> None:
-        """Blocks in turns, in another order every time. A later group repeats all-HBM: its blocks are kept apart."""
+        """Blocks in turns, in another order every time. A later group repeats all-HBM: its blocks are kept by group too."""
         blocks: dict[str, list[float]] = {name: [] for name in runners}
-        names = list(runners)
         steps: dict[str, int] = {}
         for turn in range(self.options.rounds + 1):
-            for name in names if turn % 2 else reversed(names):
+            for name in list(runners) if turn % 2 else reversed(list(runners)):
                 if time.monotonic() > self.options.deadline and turn > 1:
                     continue
                 runner = runners[name]
                 for other in runners.values():
                     if other is not runner and other.trainee is runner.trainee:
                         other.release()
-                runner.trainee.use(embedding_only=stage != "samples_per_s")
-                pilot = runner.run(_SETTLE if turn else 3) / (_SETTLE if turn else 3)
+                runner.trainee.use(None if stage == STAGES[0] else runner.largest)
+                pilot_ms = runner.run(_SETTLE) / _SETTLE
                 if name not in steps:
-                    steps[name] = runner.steps if pilot < _SLOW_MS else max(4, round(runner.steps * _SLOW_MS / pilot / 8))
+                    steps[name] = runner.steps if pilot_ms < _SLOW_MS else max(4, round(runner.steps * _SLOW_MS / pilot_ms / 8))
                 before = allocated(self.options.device)
                 if self.options.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 elapsed_ms = runner.run(steps[name])
                 if turn:  # the first is the warm-up: caches fill, allocators grow
                     blocks[name].append(1000 * runner.samples * steps[name] / runner.steps / elapsed_ms)
-                if self.options.device.type == "cuda" and stage == "samples_per_s":
+                if self.options.device.type == "cuda" and stage == STAGES[0]:
                     entries[name]["peak_hbm_bytes"] = entries[name]["static_hbm_bytes"] + torch.cuda.max_memory_allocated() - before
-                if turn == self.options.rounds and self.options.trace is not None and stage == "samples_per_s":
+                if turn == self.options.rounds and self.options.trace is not None and stage == STAGES[0]:
                     self.options.trace(name, runner)
         for name, found in blocks.items():
             entry = entries[name]
@@ -147,6 +145,24 @@ class Measurement:
             entry.setdefault(f"{stage}_by_group", {})[str(number)] = found
             self._say(f"  {stage:24} {name:58} {statistics.median(found) if found else float('nan'):12,.0f}")
 
+    def _counts(self, workload: Workload, runners: dict[str, Runner], entries: dict[str, Any]) -> None:
+        for runner in runners.values():
+            runner.release()
+            runner.trainee.use(None)
+        seen: set[int] = set()
+        for name, runner in runners.items():
+            on_device = self.options.device.type == "cuda" and runner.placement.kind != "host" and runner.placement.cold != "host"
+            if not on_device or id(runner.trainee) in seen or time.monotonic() > self.options.deadline:
+                continue
+            seen.add(id(runner.trainee))
+            chosen = runner.batches[: 2 * _COUNTED]
+            entries[name]["device_ms"] = {
+                kind: device_ms(runner, [batch for batch in chosen if _kind(batch) == kind][:_COUNTED]) for kind in {*map(_kind, chosen)}
+            }
+            if runner.trainee.cache_kernels():
+                entries[name]["cache"] = cache_counts(runner.trainee, chosen, workload)
+            self._say(f"  {name:58} {entries[name]['device_ms']} {entries[name].get('cache', '')}")
+
     def _batches(self, workload: Workload) -> list[Batch]:
         steps = max(self.options.min_steps, self.options.samples // workload.batch_size)
         drawn = ZipfSamples(workload.rows, workload.exponent, self.options.seed, self.options.device)
@@ -155,7 +171,7 @@ class Measurement:
     def _rows(self, workload: Workload, placement: Placement) -> RowPlacement | None:
         if placement.kind != "fae":
             return None
-        key = (workload.exponent, *workload.rows.values(), workload.dim)
+        key = (workload.exponent, workload.dim, workload.table_bytes)
         if key not in self._profiles:
             dlrm = build_dlrm(
                 workload.rows, 13, workload.dim, [workload.dim], [8, 1], Optimizer.ROWWISE_ADAGRAD, 0.01, 0, torch.device("meta")
@@ -165,16 +181,29 @@ class Measurement:
         return placement_of(self._profiles[key], round((1 - placement.cache_share) * workload.budget_bytes))
 
     def _feed(
-        self, placement: Placement, workload: Workload, batches: list[Batch], rows: RowPlacement | None, stack: ExitStack
+        self,
+        placement: Placement,
+        workload: Workload,
+        batches: list[Batch],
+        rows: RowPlacement | None,
+        trainee: Trainee,
+        stack: ExitStack,
     ) -> tuple[list[Batch], Callable[[], Iterable[Batch]] | None]:
         """The batches of an epoch, and what makes them anew at every pass where they are not made before."""
         pin = self.options.device.type == "cuda" and placement.pipeline != "none"
         if rows is None:
             return [batch.pin_memory() if pin else batch for batch in batches], None
+        split = SplitAhead(trainee.model) if placement.split_ahead else None
 
         def loader(source: Any, *, prefetch: int) -> HotColdDataLoader:
             return HotColdDataLoader(
-                source, rows, batch_size=workload.batch_size, schedule=ShuffleSchedule("proportional"), pin_memory=pin, prefetch=prefetch
+                source,
+                rows,
+                batch_size=workload.batch_size,
+                schedule=ShuffleSchedule("proportional"),
+                pin_memory=pin,
+                prefetch=prefetch,
+                split_ahead=split,
             )
 
         own: list[Batch] = list(loader(batches, prefetch=0))
@@ -205,6 +234,10 @@ class _Source:
         return iter(self._batches)
 
 
+def _kind(batch: Batch) -> str:
+    return batch.kind if isinstance(batch, HotColdBatch) else "mixed"
+
+
 def _described(
     placement: Placement, workload: Workload, rows: RowPlacement | None, own: list[Batch], trainee: Trainee, number: int
 ) -> dict[str, Any]:
@@ -215,50 +248,14 @@ def _described(
         "static_hbm_bytes": trainee.static_bytes,
         "steps": len(own),
     }
-    if rows is not None:
-        kinds = [getattr(batch, "kind", "mixed") for batch in own]
-        entry |= {
-            "hot_inputs": rows.hot_inputs,
-            "coverage": rows.coverage,
-            "hot_rows": sum(rows.hot_rows(name) for name in rows.tables.names),
-            "hot_bytes": rows.hot_bytes,
-            "hot_batches": kinds.count("hot") / len(kinds),
-            "cold_rows": _rows_touched([batch for batch in own if getattr(batch, "kind", "") == "cold"][:_COUNTED], rows),
-        }
-    return entry
-
-
-def _rows_touched(batches: Sequence[Batch], rows: RowPlacement | None) -> dict[str, float]:
-    """Rows per batch that are looked up outside the hot tier, and distinct ones: what crosses the link without a cache."""
-    lookups, distinct = [0.0], [0.0]
-    for batch in batches:
-        ids = batch.sparse_features.values().numpy().reshape(len(batch.sparse_features.keys()), -1)
-        of_table = [
-            table if rows is None else table[~rows.is_hot(f"t_{name}", table)]
-            for name, table in zip(batch.sparse_features.keys(), ids, strict=True)
-        ]
-        lookups.append(sum(table.size for table in of_table))
-        distinct.append(sum(np.unique(table).size for table in of_table))
-    return {"lookups": sum(lookups) / max(len(batches), 1), "distinct": sum(distinct) / max(len(batches), 1)}
-
-
-def _cache_counts(runner: Runner, workload: Workload, steps: int = 24) -> dict[str, Any]:
-    """FBGEMM's own counts of its caches over some steps without a clock; private switches of FBGEMM 1.6 to 1.8, hence at the very end."""
-    kernels = runner.trainee.cache_kernels()
-    for kernel in kernels:
-        kernel.gather_uvm_cache_stats = True
-        kernel._init_uvm_cache_stats()
-    runner.trainee.use(embedding_only=False)
-    runner.run(steps)
-    counts = sum(kernel.get_uvm_cache_stats().cpu().numpy() for kernel in kernels) / steps
-    for kernel in kernels:
-        kernel.gather_uvm_cache_stats = False
-        kernel._init_uvm_cache_stats()
-    runner.release()
-    slots = sum(kernel.lxu_cache_weights.shape[0] for kernel in kernels)
-    names = ("calls", "requested", "unique", "unique_misses", "conflict_unique_misses", "conflict_misses")
-    return {
-        "slots": slots,
-        "bytes": slots * (4 * workload.dim + SLOT_BYTES),
-        "per_step": dict(zip(names, (round(float(count), 1) for count in counts), strict=False)),
+    if rows is None:
+        return entry
+    kinds = [_kind(batch) for batch in own]
+    return entry | {
+        "hot_inputs": rows.hot_inputs,
+        "coverage": rows.coverage,
+        "hot_rows": sum(rows.hot_rows(name) for name in rows.tables.names),
+        "hot_bytes": rows.hot_bytes,
+        "hot_batches": kinds.count("hot") / len(kinds),
+        "cold_rows": rows_touched([batch for batch in own if _kind(batch) == "cold"][:_COUNTED], rows),
     }

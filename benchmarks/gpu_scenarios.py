@@ -82,6 +82,7 @@ class Placement:
         whole_rows: of "caching": tables of at most so many rows lie whole in HBM, the rest of the budget caches; what is tuned.
         lookahead: of "fae": batches.
         feed: "resident" (batches made before), "stream" or "store".
+        split_ahead: of "fae": whether the loader splits ids by tier, or the device does.
     """
 
     name: str
@@ -92,11 +93,14 @@ class Placement:
     whole_rows: int = 0
     lookahead: int = 2
     feed: str = "resident"
+    split_ahead: bool = True
 
-    @property
-    def model_key(self) -> tuple[object, ...]:
-        """What two placements have in common that can be trained by one model."""
-        return self.kind, self.cold, self.cache_share, self.whole_rows, self.kind == "caching" and self.pipeline
+    def model_key(self, workload: Workload) -> tuple[object, ...]:
+        """What placements on workloads have in common that can be trained by one model."""
+        tables: tuple[object, ...] = (self.kind, workload.dim, workload.table_bytes)
+        if self.kind == "caching":
+            return *tables, self.whole_rows, self.pipeline, workload.budget
+        return (*tables, self.cold, self.cache_share, workload.budget, workload.exponent) if self.kind == "fae" else tables
 
     def whole_bytes(self, workload: Workload) -> int:
         """Bytes of the tables that lie whole in HBM under "caching"."""
@@ -164,6 +168,7 @@ FAE_PREFETCH = Placement("FAE, prefetch", "fae", "fae", "uvm_caching", cache_sha
 FAE_HOST = Placement("FAE, host", "fae", "fae", "host")
 FAE_UNFETCHED = replace(FAE_PREFETCH, name="FAE, caching without prefetch", pipeline="sparse_dist")
 FAE_AHEAD = replace(FAE_PREFETCH, name="FAE, prefetch, lookahead 5", lookahead=5)
+FAE_ON_DEVICE = replace(FAE_PREFETCH, name="FAE, prefetch, split on the device", split_ahead=False)
 FAE_STREAM = replace(FAE_PREFETCH, name="FAE, prefetch, streamed", feed="stream")
 FAE_STORE = replace(FAE_PREFETCH, name="FAE, prefetch, from a store", feed="store")
 
@@ -179,7 +184,7 @@ def tuned(workload: Workload) -> list[Placement]:
 
 
 BASE = Workload()
-BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
+BUDGETS = (0.1, 0.05, 0.005, 0.02, 0.01)
 EXPONENTS = (0.8, 1.05, 1.2, 0.0)
 BATCH_SIZES = (4_096, 16_384, 65_536)
 DIMS = (64, 128)
@@ -197,8 +202,8 @@ def comparisons(*, cross: bool = False, base: Workload = BASE) -> list[Compariso
     """The matrix: everything on the base workload, then one thing varied at a time; or, with `cross`, all combinations."""
     usual = (HBM, UVM, PREFETCH, FAE_UVM, FAE_PREFETCH)
     whole = (
-        *(HBM, UVM, CACHING, PREFETCH, FAE_UVM, FAE_PREFETCH, *tuned(base)),
-        *(FAE_AHEAD, FAE_UNFETCHED, FAE_STREAM, FAE_STORE, HOST, FAE_HOST),
+        *(*usual, FAE_AHEAD, FAE_UNFETCHED, FAE_ON_DEVICE, FAE_STREAM, FAE_STORE),  # of the models of `usual`
+        *(CACHING, *tuned(base), HOST, FAE_HOST),
     )
     found = [Comparison(base, whole)]
     varied: Iterable[Workload]
@@ -208,10 +213,10 @@ def comparisons(*, cross: bool = False, base: Workload = BASE) -> list[Compariso
             for dim, exponent, size, budget in product(DIMS, EXPONENTS, BATCH_SIZES, BUDGETS)
         )
     else:
-        varied = [
-            *(replace(base, budget=budget) for budget in BUDGETS),
-            *(replace(base, exponent=exponent) for exponent in EXPONENTS),
+        varied = [  # first what has the most models in common with what was measured before
             *(replace(base, batch_size=size) for size in BATCH_SIZES),
+            *(replace(base, exponent=exponent) for exponent in EXPONENTS),
+            *(replace(base, budget=budget) for budget in BUDGETS),
             *(replace(base, dim=dim) for dim in DIMS),
         ]
     return found + [Comparison(workload, usual) for workload in dict.fromkeys(varied) if workload != base]
@@ -237,7 +242,7 @@ def groups(comparison: Comparison, machine: Machine) -> list[list[Placement]]:
 
 def taken(placements: Sequence[Placement], workload: Workload) -> Memory:
     """What the models of these placements take together."""
-    models = {placement.model_key: placement.memory(workload) for placement in placements}
+    models = {placement.model_key(workload): placement.memory(workload) for placement in placements}
     return sum(models.values(), Memory())
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import cycle
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from gpu_data import NUM_DENSE
-from gpu_scenarios import Placement, Workload
+from gpu_scenarios import Machine, Memory, Placement, Workload
 from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -38,23 +40,22 @@ class Staged(nn.Module):
     """A DLRM with its loss, or its embedding stage alone: the same tables, the same gradient at every step, no dense part.
 
     Attributes:
-        embedding_only: which of the two.
+        gradient: [samples, columns], of the embedding stage; None trains the whole model.
     """
 
-    def __init__(self, dlrm: nn.Module, gradient: torch.Tensor) -> None:
+    def __init__(self, dlrm: nn.Module) -> None:
         super().__init__()
         self.dlrm = dlrm
-        self.embedding_only = False
-        self._gradient = gradient
+        self.gradient: torch.Tensor | None = None
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Any]:
         """The loss and what DLRMTrain gives beside it."""
-        if not self.embedding_only:
+        if self.gradient is None:
             output: tuple[torch.Tensor, Any] = self.dlrm(batch)
             return output
         pooled = self.dlrm.model.sparse_arch.embedding_bag_collection(batch.sparse_features)
         values = pooled.values()
-        return _FixedGradient.apply(values, self._gradient[: values.shape[0]]), None  # type: ignore[no-untyped-call]
+        return _FixedGradient.apply(values, self.gradient[: values.shape[0]]), None  # type: ignore[no-untyped-call]
 
 
 class _FixedGradient(torch.autograd.Function):
@@ -105,10 +106,7 @@ class Trainee:
     def __init__(self, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device) -> None:
         before = allocated(device)
         self.device = device
-        width = len(workload.rows) * workload.dim
-        gradient = torch.randn(workload.batch_size, width, device=device, generator=torch.Generator(device).manual_seed(1))
-        gradient /= workload.batch_size
-        gradient_bytes = allocated(device) - before
+        self._shape = len(workload.rows) * workload.dim
         dense_arch = [*DENSE_ARCH, workload.dim]
         dlrm = build_dlrm(
             workload.rows, NUM_DENSE, workload.dim, dense_arch, OVER_ARCH, Optimizer.ROWWISE_ADAGRAD, 0.01, 0, torch.device("meta")
@@ -117,18 +115,23 @@ class Trainee:
             arch: Any = dlrm.model.sparse_arch
             self.bags: Any = HostBags(workload, arch.embedding_bag_collection, device)
             arch.embedding_bag_collection = self.bags
-            self.model: Any = Staged(dlrm, gradient).to(device)
+            self.model: Any = Staged(dlrm).to(device)
             self.optimizer: Any = torch.optim.Adagrad(self.model.parameters(), lr=0.01)
         else:
-            self.model = _sharded(Staged(dlrm, gradient), placement, workload, rows, device)
+            self.model = _sharded(Staged(dlrm), placement, workload, rows, device)
             self.optimizer = build_optimizer(self.model, 0.01)
             self.bags = self.model.module.dlrm.model.sparse_arch.embedding_bag_collection
-        self.static_bytes = allocated(device) - before - gradient_bytes
+        self.static_bytes = allocated(device) - before
 
-    def use(self, *, embedding_only: bool) -> None:
-        """Trains the whole model from now on, or its embedding stage."""
+    def use(self, samples: int | None) -> None:
+        """Trains the whole model from now on, or its embedding stage alone, with batches of at most so many samples."""
         module = self.model if isinstance(self.model, Staged) else self.model.module
-        module.embedding_only = embedding_only
+        module.gradient = None if samples is None else self.gradient(samples)
+
+    def gradient(self, samples: int) -> torch.Tensor:
+        """A gradient of the pooled rows."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        return torch.randn(samples, self._shape, device=self.device, generator=generator) / samples
 
     def direct_step(self, batch: Batch) -> None:
         """One step without a pipeline."""
@@ -152,13 +155,25 @@ class Runner:
         placement: which pipeline.
         batches: of one epoch.
         again: makes the iterator of each pass; default: the same batches.
+
+    Attributes:
+        trainee: as given.
+        placement: as given.
+        batches: as given.
+        steps: batches of an epoch.
+        samples: of an epoch.
+        largest: samples of the largest batch.
+        prefetches: whether the pipeline prefetches rows into a cache.
     """
 
     def __init__(
         self, trainee: Trainee, placement: Placement, batches: list[Batch], again: Callable[[], Iterable[Batch]] | None = None
     ) -> None:
         self.trainee, self.placement = trainee, placement
+        self.batches = batches
         self.steps = len(batches)
+        self.largest = max(batch.labels.numel() for batch in batches)
+        self.prefetches = placement.pipeline == "prefetch" or (placement.kind == "fae" and placement.cold == "uvm_caching")
         self.samples = sum(batch.labels.numel() for batch in batches)
         self._stream = cycle(batches) if again is None else _passes(again)
         self._pipeline: Any = None
@@ -196,10 +211,51 @@ class Runner:
         return kind(model, optimizer, device)
 
     def release(self) -> None:
-        """Lets the model go, for another runner."""
-        if self._pipeline is not None:
-            self._pipeline.detach()
-            self._pipeline = None
+        """Lets the model go, for another runner: batches in flight are trained first, for caches have their rows announced."""
+        if self._pipeline is None:
+            return
+        none: Iterator[Batch] = iter(())
+        with suppress(StopIteration):
+            while True:
+                self._pipeline.progress(none)
+        self._pipeline.detach()
+        self._pipeline = None
+
+
+class ModelPool:
+    """Models that stay for the next comparison as long as the machine has room.
+
+    Args:
+        machine: its memory.
+        device: where to train.
+    """
+
+    def __init__(self, machine: Machine, device: torch.device) -> None:
+        self._machine, self._device = machine, device
+        self._models: dict[tuple[object, ...], tuple[Trainee, Memory]] = {}  # the least lately used first
+
+    def get(self, placement: Placement, workload: Workload, rows: RowPlacement | None, needed: Iterable[tuple[object, ...]]) -> Trainee:
+        """The model of a placement.
+
+        Args:
+            placement: where its rows lie.
+            workload: its tables.
+            rows: which are hot, of "fae".
+            needed: keys of models that must stay.
+        """
+        key, memory, needed = placement.model_key(workload), placement.memory(workload), set(needed)
+        if key in self._models:
+            self._models[key] = self._models.pop(key)
+            return self._models[key][0]
+        for other in [other for other in self._models if other not in needed]:
+            if sum((taken for _, taken in self._models.values()), memory).fits(self._machine):
+                break
+            del self._models[other]
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._models[key] = Trainee(placement, workload, rows, self._device), memory
+        return self._models[key][0]
 
 
 def _passes(again: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:

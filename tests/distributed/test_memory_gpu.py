@@ -70,7 +70,8 @@ def test_where_the_bytes_lie(cold_tier: str, options: dict[str, Any], beside: in
     collection, placement, taken = _sharded(cold_tier, **options)
     planned = sum(fast_memory_bytes(placement, device_type="cuda").values())
     assert planned == HOT * (4 * DIM + 4) + 16 * HOT + 16, "hot rows with their state, and a hash of them"
-    assert taken == pytest.approx(planned + beside, rel=0.03)
+    # FBGEMM's small tensors and the allocator's rounding add some.
+    assert planned + beside <= taken < planned + beside + (512 << 10)
     assert taken < 0.4 * ROWS * 4 * DIM, "the control: far less than the whole table"
     (hot,) = list(collection._hot.tables())
     (cold,) = list(local_tables(collection._cold[0].module._lookups))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.training.train_pipeline import FAETrainPipeline
 from tests.distributed.small_model import Case, dense_optimizer, new_batch, optimizer_state, placement_of, shard, train, whole_tensors
 from tests.gpu import CUDA, cuda_rank, on_device, requires_gpu, synchronisations
@@ -55,11 +56,13 @@ def wanted() -> dict[str, torch.Tensor]:
     return _state(model)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["split in the step", "split ahead"])
 @pytest.mark.parametrize("lookahead", [2, 3, 5])
 @pytest.mark.parametrize("tier", TIERS)
-def test_pipelined_equals_stock(tier: str, lookahead: int, wanted: dict[str, torch.Tensor]) -> None:
+def test_pipelined_equals_stock(tier: str, lookahead: int, ahead: bool, wanted: dict[str, torch.Tensor]) -> None:
     model = shard(CASE, placement_of(CASE), device=CUDA, **TIERS[tier])
-    batches = [batch.pin_memory() for batch in new_batches(CASE, SEQUENCE, 0)]
+    split: Any = SplitAhead(model) if ahead else lambda batch: batch
+    batches = [split(batch).pin_memory() for batch in new_batches(CASE, SEQUENCE, 0)]
     pipeline = run_pipeline(model, batches, device=CUDA, lookahead=lookahead)
     _close(_state(model), wanted)
     assert (pipeline.steps.hot, pipeline.steps.other) == (SEQUENCE.count("H"), len(SEQUENCE) - SEQUENCE.count("H"))
@@ -72,13 +75,13 @@ def test_rows_are_prefetched_before_every_cold_batch() -> None:
         collection = model.module.ebc
         calls: list[int] = []
         (tier,) = collection._cold
-        stock = tier.module.prefetch
+        stock = tier._kernel.prefetch
 
         def prefetch(*args: Any, calls: list[int] = calls, stock: Any = stock) -> None:
             calls.append(1)
             stock(*args)
 
-        tier.module.prefetch = prefetch
+        tier._kernel.prefetch = prefetch
         run_pipeline(model, new_batches(CASE, SEQUENCE, 0), device=CUDA)
         assert len(calls) == expected
 
@@ -130,14 +133,19 @@ def test_evaluations_leave_the_cache_unlocked() -> None:
 
 
 def test_host_synchronisations() -> None:
-    """A hot step waits once, for the count of broken promises, which is long there; a cold one no more often than stock's and once more."""
+    """Split ahead, a step never waits. Split in the step, it waits once: for the count of broken promises, or that of cold ids.
+
+    The control is stock, whose input dist waits for counts even on one rank.
+    """
     found: dict[str, list[Counter[str]]] = {}
-    for name in ("stock", "H", "C"):
+    for name in ("stock", "hot", "cold", "hot, ahead", "cold, ahead"):
         model = shard(CASE, None if name == "stock" else placement_of(CASE), device=CUDA, **({} if name == "stock" else TIERS["uvm"]))
-        kinds = ("M" if name == "stock" else name) * 12
-        batches = [batch.pin_memory() for batch in new_batches(CASE, kinds, 0)]
+        split: Any = SplitAhead(model) if "ahead" in name else lambda batch: batch
+        kinds = {"stock": "M", "hot": "H", "cold": "C"}[name.partition(",")[0]] * 12
+        batches = new_batches(CASE, kinds, 0)
         for batch in batches:
             batch.sparse_features.length_per_key()  # as a loader's batches have it
+        batches = [split(batch).pin_memory() for batch in batches]
         pipeline: Any = (TrainPipelineSparseDist if name == "stock" else FAETrainPipeline)(model, dense_optimizer(model), CUDA)
         stream = iter(batches)
         for _ in range(6):
@@ -147,7 +155,8 @@ def test_host_synchronisations() -> None:
             with synchronisations() as seen:
                 pipeline.progress(stream)
             found[name].append(Counter(seen))
-    stock, hot, cold = (max(sum(step.values()) for step in found[name]) for name in ("stock", "H", "C"))
-    print({name: dict(steps[-1]) for name, steps in found.items()})
-    assert hot <= 1
-    assert cold <= stock + 1
+    waits = {name: max(sum(step.values()) for step in steps) for name, steps in found.items()}
+    where = {name: dict(steps[-1]) for name, steps in found.items()}
+    assert (waits["hot, ahead"], waits["cold, ahead"]) == (0, 0), where
+    assert (waits["hot"], waits["cold"]) == (1, 1), where
+    assert waits["stock"] > 1, where
