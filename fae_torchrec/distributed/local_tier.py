@@ -20,27 +20,24 @@ from fae_torchrec.modules.lookups import TableConfig
 
 @dataclass
 class LocalIds(Multistreamable):
-    """One batch's ids as FBGEMM's kernel takes them.
+    """One batch's ids as FBGEMM's kernels take them.
 
     Attributes:
-        indices: int64 [ids], feature by feature.
-        offsets: int64 [features x samples + 1].
-        weights: float32 [ids] or None.
+        parts: by kernel: indices int64 [ids], feature by feature; offsets int64 [features x samples + 1]; weights float32 [ids] or None.
     """
 
-    indices: torch.Tensor
-    offsets: torch.Tensor
-    weights: torch.Tensor | None
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
     def device(self) -> torch.device:
         """Where they lie."""
-        return self.indices.device
+        return self.parts[0][0].device
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
-        for part in (self.indices, self.offsets, self.weights):
-            if part is not None:
-                part.record_stream(stream)
+        for part in self.parts:
+            for tensor in part:
+                if tensor is not None:
+                    tensor.record_stream(stream)
 
 
 @dataclass
@@ -75,22 +72,25 @@ class LocalTier(StockTier):
 
     def __init__(self, module: Any, tables: Sequence[TableConfig], keys: Sequence[str]) -> None:
         super().__init__(module, tables, keys)
-        (group,) = _groups(module)
-        names: list[str] = group.config.feature_names()
-        self._kernel: Any = group.emb_module
-        self._permutation = [] if names == self.keys else [self.keys.index(name) for name in names]
+        groups = _groups(module)
+        names = [group.config.feature_names() for group in groups]
+        self._kernels: list[Any] = [group.emb_module for group in groups]
+        self._counts = [len(of_kernel) for of_kernel in names]
+        order = [self.keys.index(name) for of_kernel in names for name in of_kernel]
+        self._permutation = [] if order == list(range(len(order))) else order
 
     @staticmethod
     def fits(module: Any) -> bool:
-        """Whether all tables lie in one fused kernel, as table-wise ones of a rank with the same dtype and optimizer do (TorchRec 1.8)."""
-        groups = _groups(module)
-        return len(groups) == 1 and isinstance(groups[0].emb_module, SplitTableBatchedEmbeddingBagsCodegen)
+        """Whether all tables lie in fused kernels of one sharding type, as table-wise ones do (TorchRec 1.6 to 1.8)."""
+        fused = [isinstance(group.emb_module, SplitTableBatchedEmbeddingBagsCodegen) for group in _groups(module)]
+        return len(module._lookups) == 1 and bool(fused) and all(fused)
 
     def input_dist(self, ctx: FAEContext, features: KeyedJaggedTensor) -> tuple[Multistreamable, list[Awaitable[Any]]]:
         """As StockTier's; nothing is exchanged."""
         if self._permutation:
             features = features.permute(self._permutation)
-        ids = LocalIds(features.values().to(torch.int64), features.offsets().to(torch.int64), features.weights_or_none())
+        parts = [features] if len(self._counts) == 1 else features.split(self._counts)
+        ids = LocalIds([(part.values().to(torch.int64), part.offsets().to(torch.int64), part.weights_or_none()) for part in parts])
         ctx.sharding_contexts.append(None)
         return _NoContext(), [NoWait(NoWait(ids))]
 
@@ -111,7 +111,8 @@ class LocalTier(StockTier):
         if self.cache.prefetches:
             (ids,) = inputs
             self.cache.before_prefetch()
-            self._kernel.prefetch(ids.indices, ids.offsets, forward_stream)
+            for kernel, (indices, offsets, _) in zip(self._kernels, ids.parts, strict=True):
+                kernel.prefetch(indices, offsets, forward_stream)
 
     @property
     def num_inputs(self) -> int:
@@ -127,8 +128,8 @@ class LocalTier(StockTier):
         """Nothing to prime."""
 
     def _rows(self, ids: LocalIds) -> torch.Tensor:
-        values: torch.Tensor = self._kernel(ids.indices, ids.offsets, ids.weights)
-        return values
+        rows = [kernel(*part) for kernel, part in zip(self._kernels, ids.parts, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _groups(module: Any) -> list[Any]:

@@ -44,7 +44,7 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
         self.stock_names = stock_names(list(self._configs.values()))
         lookups = [lookup.key for lookup in split.lookups]
         self.split_key = fingerprint("tier split", self.placement.fingerprint, lookups, self.module_sharding_plan.hot_tier)
-        self._host_join = copy.deepcopy(self.tier_join).to("cpu")  # small; for `with_units`
+        self._host_join = [copy.deepcopy(self.tier_join).to("cpu")]  # for `with_units`; in a list, so that it stays on the host
 
     def _new_split(self, device: torch.device) -> BagSplit:
         return BagSplit(*self._split_args(device))
@@ -64,7 +64,7 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
     def with_units(self, ahead: AheadIds) -> AheadIds:
         """Ids that `host_split` has split, ready to be sent: with everything known of them that can be."""
         if ahead.ids.cold_at is not None:
-            ahead.ids.units = self._host_join.units(ahead.ids.cold_at)
+            ahead.ids.units = self._host_join[0].units(ahead.ids.cold_at)
             ahead.ids.cold_at = None
         return ahead
 

@@ -75,13 +75,14 @@ def test_rows_are_prefetched_before_every_cold_batch() -> None:
         collection = model.module.ebc
         calls: list[int] = []
         (tier,) = collection._cold
-        stock = tier._kernel.prefetch
+        kernel = tier._kernels[0]
+        stock = kernel.prefetch
 
         def prefetch(*args: Any, calls: list[int] = calls, stock: Any = stock) -> None:
             calls.append(1)
             stock(*args)
 
-        tier._kernel.prefetch = prefetch
+        kernel.prefetch = prefetch
         run_pipeline(model, new_batches(CASE, SEQUENCE, 0), device=CUDA)
         assert len(calls) == expected
 
