@@ -41,3 +41,7 @@ class ReplicaError(FAEError, RuntimeError):
 
 class DivergedError(FAEError, RuntimeError):
     """The training loss is no longer a finite number."""
+
+
+class StagingError(FAEError):
+    """Batches are not trained one after the other, which rows in a staging area need."""

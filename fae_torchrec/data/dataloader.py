@@ -111,7 +111,7 @@ class HotColdDataLoader:
         prefetch: int = 2,
         shuffle: bool = False,
         seed: int = 0,
-        split_ahead: Callable[[HotColdBatch], HotColdBatch] | None = None,
+        split_ahead: Callable[[HotColdBatch, int], HotColdBatch] | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),

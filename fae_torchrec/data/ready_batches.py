@@ -20,7 +20,7 @@ class ReadyBatches:
         taken: steps of each kind that were taken before.
         ahead: batches of each kind made ready; 0 makes each when it is taken, without a thread.
         pin_memory: whether they are copied to pinned memory.
-        split: what is done to each before.
+        split: what is done to each before, given the number of its step.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ReadyBatches:
         ahead: int,
         *,
         pin_memory: bool,
-        split: Callable[[HotColdBatch], HotColdBatch] | None = None,
+        split: Callable[[HotColdBatch, int], HotColdBatch] | None = None,
     ) -> None:
         self._window = window
         self._begun = dict(taken)
@@ -77,5 +77,5 @@ class ReadyBatches:
     def _make(self, kind: Kind, step: int) -> HotColdBatch:
         batch = self._window.batch(kind, step)
         if self._split is not None:
-            batch = self._split(batch)
+            batch = self._split(batch, step)
         return batch.pin_memory() if self._pin_memory else batch

@@ -23,11 +23,13 @@ class TierOptions:
         sharding_types: allowed ones.
         kernels: allowed ones.
         on_host: whether the kernels run on the CPU, whatever the device.
+        staged: whether cold rows can be brought beside the hot ones for a step (`Staging`).
     """
 
     sharding_types: tuple[str, ...]
     kernels: tuple[str, ...]
     on_host: bool = False
+    staged: bool = False
 
 
 _FUSED = (EmbeddingComputeKernel.FUSED.value,)
@@ -35,9 +37,9 @@ _BY_TABLE = (ShardingType.TABLE_WISE.value,)
 # Not column-wise: a column shard keeps a row-wise optimizer state of its own, and a hot row has one for all its columns.
 _BY_ROW = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 COLD_TIERS: Mapping[tuple[str, str], TierOptions] = {
-    ("host", "cpu"): TierOptions(_BY_TABLE, _FUSED, on_host=True),
+    ("host", "cpu"): TierOptions(_BY_TABLE, _FUSED, on_host=True, staged=True),
     ("host", "cuda"): TierOptions(_BY_TABLE, _FUSED, on_host=True),
-    ("uvm", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM.value,)),
+    ("uvm", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM.value,), staged=True),
     ("uvm_caching", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,)),
 }
 _CACHE_SLOT_BYTES = 20  # FBGEMM 1.6 to 1.8: the cached row's index and its time (int64 each), and its lock (int32)
@@ -97,18 +99,19 @@ def cold_cache(placement: RowPlacement, options: TierOptions, cache_bytes: int |
         What tables get whose constraints say nothing; None where nothing is cached.
 
     Raises:
-        PlannerError: bytes are given, and nothing is cached or they are not above 0.
+        PlannerError: bytes are given that are not above 0, or of which this cold tier can make no use.
     """
+    if cache_bytes is not None and cache_bytes <= 0:
+        raise input_error(f"cold_cache_bytes must be above 0, received {cache_bytes}; leave it out for the cold tier's default")
     if options.kernels != (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,):
-        if cache_bytes is not None:
-            raise input_error(f"cold_cache_bytes={cache_bytes}, but the cold tier has no cache; use cold_tier='uvm_caching', or give none")
+        if cache_bytes is not None and not (options.staged and world_size == 1):
+            raise input_error(
+                f"cold_cache_bytes={cache_bytes}: this cold tier brings no rows to fast memory on {world_size} ranks; use "
+                "cold_tier='uvm_caching' (or, with one rank on CUDA, 'uvm'), or give none"
+            )
         return None
     load_factor = None
     if cache_bytes is not None:
-        if cache_bytes <= 0:
-            raise input_error(
-                f"cold_cache_bytes must be above 0, received {cache_bytes}; leave it out for TorchRec's default, or use cold_tier='uvm'"
-            )
         cold = [table for table in placement.tables if placement.kind(table.name) is not TableKind.HOT]
         whole = sum(table.rows * (table.weight_bytes + _CACHE_SLOT_BYTES) for table in cold)
         load_factor = min(1.0, cache_bytes * world_size / whole) if whole else None

@@ -20,13 +20,14 @@ from fae_torchrec.core.tables import TableKind
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.distributed.all_hot_tables import all_hot_tables
 from fae_torchrec.distributed.fused_optimizer import Entry, HotColdFusedOptimizer, HotTierOptimizer, entry
-from fae_torchrec.distributed.homes import Homes
+from fae_torchrec.distributed.homes import Homes, local_tables
 from fae_torchrec.distributed.host_tier import HOST, HostTier, host_env
 from fae_torchrec.distributed.local_tier import LocalTier
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.distributed.replicated import ReplicatedHotTier
 from fae_torchrec.distributed.rows_ahead import RowsAhead
 from fae_torchrec.distributed.sharded_hot_tier import ShardedHotBags, ShardedHotSequences, ShardedHotTier
+from fae_torchrec.distributed.staging import RowHomes, Staging
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.stock_state import StockState
 from fae_torchrec.distributed.tier_tables import Collection, left_configs, merged_tables, optimizer_key, tier_collection
@@ -85,6 +86,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._groups, self._bounds_check_mode = groups, mode
         self.tier_split = self._new_split(self._device)
         # The tiers stay out of nn.Module's registry (as stock keeps its lookups): names and state are the stock ones.
+        self._staging_capacity = self._rows_to_stage(groups, weights)
         self._hot = self._new_hot_tier(module, groups)
         left = left_configs(module, self.placement.tables.names)
         cold_keys = [lookup.key for lookup in self.tier_split.cold_lookups]
@@ -92,6 +94,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._left = self._new_left_tier(module, left)
         cold_lookups = [lookup for tier in self._cold for lookup in tier.module._lookups]
         self._lookups = [*self._hot.lookups, *cold_lookups, *(lookup for tier in self._left for lookup in tier.module._lookups)]
+        self._staging = self._new_staging(cold_lookups)
         self._steps = self._hot.step_count = StepCount([*self._hot.lookups, *cold_lookups])
         self._loads = 0  # times that rows came from outside: what was looked up before is void
         self._init_state(cold_lookups)
@@ -126,13 +129,33 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         codecs = (self.qcomm_codecs_registry or {}).get(self.gradient_comm.name)
         return ReplicatedHotTier(
             groups,
-            merged_tables(module, groups),
+            merged_tables(module, groups, [2 * rows for rows in self._staging_capacity]),
             pooled=pooled,
             fused_params=self._fused_params,
             env=self._env,
             device=self._device,
             codec=codecs.backward if codecs else None,
         )
+
+    def _rows_to_stage(self, groups: list[HotGroup], weights: Mapping[str, nn.Parameter]) -> list[int]:
+        """By group, the rows of a half of its staging area: the plan's, dealt by cold lookups. 0 where nothing can be staged."""
+        cold = [[lookup.table for lookup in group.lookups if lookup.kind is not TableKind.HOT] for group in groups]
+        none = [0] * len(groups)
+        if not self.module_sharding_plan.staging_rows or self._env.world_size > 1 or not any(cold):
+            return none
+        for group, tables in zip(groups, cold, strict=True):
+            # All of a group's cold rows must be such as its kernel has.
+            alike = group.tables and {(optimizer_key(weights[t]), weights[t].dtype) for t in (group.tables[0][0], *tables)}
+            if tables and (not alike or len(alike) > 1):
+                return none
+        lookups = sum(map(len, cold))
+        return [self.module_sharding_plan.staging_rows * len(tables) // lookups for tables in cold]
+
+    def _new_staging(self, cold_lookups: list[nn.Module]) -> Staging | None:
+        if not any(self._staging_capacity) or not isinstance(self._hot, ReplicatedHotTier):
+            return None
+        homes = RowHomes.of(self._groups, local_tables(cold_lookups))
+        return None if homes is None else Staging(homes, list(self._hot.spare_rows()), self._staging_capacity, self._device)
 
     def _new_cold_tier(self, module: Collection, configs: list[TableConfig], keys: list[str]) -> list[StockTier]:
         """The cold tier as a list of one, or of none where no table has a cold row."""
@@ -163,6 +186,8 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         return [*self._cold, *self._left]
 
     def _settle(self) -> None:
+        if self._staging is not None:
+            self._staging.settle()
         for tier in self._cold:
             tier.settle()
 
@@ -226,7 +251,7 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         """
         promised_hot = isinstance(features, HotKeyedJaggedTensor)
         with torch.no_grad():
-            ctx.ids = ids = self._by_tier(features, promised_hot=promised_hot)
+            ctx.ids = ids = self._by_tier(ctx, features, promised_hot=promised_hot)
             awaitables: list[Awaitable[Any]] = [self._hot.input_dist(ids, promised_hot=promised_hot)]
             ctx.sharding_contexts.append(None)
             for tier in self._cold if ids.cold is not None else []:
@@ -237,8 +262,8 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
                 awaitables.extend(started)
         return KJTListSplitsAwaitable(awaitables, ctx, self._module_fqn)
 
-    def _by_tier(self, features: KeyedJaggedTensor, *, promised_hot: bool) -> TieredIds:
-        """A batch's ids by tier."""
+    def _by_tier(self, ctx: FAEContext, features: KeyedJaggedTensor, *, promised_hot: bool) -> TieredIds:
+        """A batch's ids by tier; says in the context if its cold rows are staged."""
         ids: TieredIds = self.tier_split(features, promised_hot=promised_hot)
         return ids
 
@@ -254,6 +279,10 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         step = self._steps.advance()
         hot_input, *rest = list(inputs)
         cold = left = None
+        if self._staging is not None and ctx.staged is not None:
+            self._staging.arrive(ctx.staged)
+        elif self._staging is not None and ctx.cold is not None:
+            self._staging.past()
         for tier in self._cold if ctx.cold is not None else []:
             assert ctx.cold is not None
             if ctx.ahead is not None and ctx.ahead.loads == self._loads:
@@ -264,7 +293,10 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         for tier in self._left:
             assert ctx.left is not None
             left = tier.look_up(ctx.left, rest)
-        return self._hot.forward(hot_input, step), cold, left
+        hot = self._hot.forward(hot_input, step)
+        if ctx.staged is not None:
+            ctx.staged.looked_up(hot.wait())
+        return hot, cold, left
 
     def wait_for_hot(self, sums: Awaitable[torch.Tensor]) -> torch.Tensor:
         """The hot tier's sums, which may be changed in place."""
@@ -320,29 +352,32 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
 
     @property
     def prefetches(self) -> bool:
-        """Whether the cold tier has caches that are prefetched into (UVM caching with `prefetch_pipeline`)."""
-        return any(tier.cache.prefetches for tier in self._cold)
+        """Whether cold rows can be brought ahead right after a cold batch's forward too: to a cache (UVM caching) or a staging area."""
+        return self._staging is not None or any(tier.cache.prefetches for tier in self._cold)
 
-    def look_ahead(self, ctx: FAEContext, dist_input: KJTList, forward_stream: torch.Stream | None = None) -> None:
-        """Brings a coming batch's cold rows before its turn.
+    def look_ahead(self, ctx: FAEContext, dist_input: KJTList, forward_stream: torch.Stream | None = None, *, hot: bool = True) -> None:
+        """Brings a coming batch's cold rows before its turn, one coming batch at a time.
 
-        On the CPU: looks them up and starts their output dist, a collective; `compute_and_output_dist` takes what comes. Right as long as
-        only hot batches are trained on until then; rows from before weights were loaded are looked up again. On CUDA: the stock prefetch
-        into the cache of UVM caching, on the current stream; local, taken back by `forget_prefetched`, and right whatever is trained on
-        until then, as long as one coming batch at a time is prefetched, after the forward of the cold batch before it.
+        To a staging area, or to the cache of UVM caching (the stock prefetch, on the current stream; taken back by `forget_prefetched`):
+        local, and right after the forward of the cold batch before it, too. On the CPU, without a staging area: looks them up and starts
+        their output dist, a collective; `compute_and_output_dist` takes what comes. Right as long as only hot batches are trained on until
+        then; rows from before weights were loaded are looked up again.
 
         Args:
             ctx: of the coming batch.
             dist_input: what its input dist gave.
             forward_stream: where its forward will run; CUDA only.
+            hot: whether only hot batches are trained on until then.
         """
+        if self._staging is not None and ctx.staged is not None:
+            self._staging.fetch(ctx.staged)
         for tier in self._cold if ctx.cold is not None else []:
             inputs = list(dist_input)[1 : 1 + tier.num_inputs]
-            if self._device.type == "cpu":
+            if self._device.type == "cpu" and hot:
                 assert ctx.cold is not None
                 ctx.ahead = RowsAhead(self._loads, self._steps.resume)
                 tier.look_ahead(ctx.cold, inputs, ctx.ahead)
-            else:
+            elif self._device.type != "cpu":
                 tier.prefetch(inputs, forward_stream)
 
     def forget_prefetched(self) -> None:

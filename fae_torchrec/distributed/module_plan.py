@@ -24,6 +24,7 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         hot: sharding of the hot rows [hot rows, dim] by table, for hot and split tables; nothing if they are replicated.
         compact_index_above_rows: see `new_slot_index`.
         cold_on_host: whether the cold tier's kernels run on the CPU, whatever device the ranks train on.
+        staging_rows: cold rows that each half of a staging area holds (`Staging`); 0: there is none.
 
     Attributes:
         placement: as given.
@@ -31,6 +32,7 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         hot: as given.
         compact_index_above_rows: as given.
         cold_on_host: as given.
+        staging_rows: as given.
     """
 
     placement: RowPlacement
@@ -38,6 +40,7 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
     hot: EmbeddingModuleShardingPlan
     compact_index_above_rows: int
     cold_on_host: bool
+    staging_rows: int
 
     def __init__(
         self,
@@ -47,11 +50,13 @@ class FAEModuleShardingPlan(EmbeddingModuleShardingPlan):
         hot: Mapping[str, ParameterSharding] | None = None,
         compact_index_above_rows: int = COMPACT_ABOVE_ROWS,
         cold_on_host: bool = False,
+        staging_rows: int = 0,
     ) -> None:
         super().__init__(homes)
         self.placement, self.hot_tier, self.hot = placement, hot_tier, EmbeddingModuleShardingPlan(hot or {})
         self.compact_index_above_rows = compact_index_above_rows
         self.cold_on_host = cold_on_host
+        self.staging_rows = staging_rows
 
     def __bool__(self) -> bool:
         """Always true, as long as DistributedModelParallel takes a false plan for none."""

@@ -67,8 +67,9 @@ class FAEShardingPlanner(ShardingPlanner):
         stock_tables: names of tables left to stock sharding; the placement does not know them.
         compact_index_above_rows: rows of a collection above which its index from id to slot is a bitmap (1.5 bits a row) instead of a plain
             array (4 bytes a row, faster).
-        cold_cache_bytes: fast memory per rank for the cache of cold rows (`uvm_caching`); None: TorchRec's default, a fifth of all rows.
-            Make it hold the cold rows of two batches at least. Tables whose constraints have `cache_params` keep these.
+        cold_cache_bytes: fast memory per rank for cold rows on their way: the cache of `uvm_caching` (None: TorchRec's default, a fifth
+            of all rows; tables whose constraints have `cache_params` keep these), or, on a single rank with "uvm" (on the CPU "host"), a
+            staging area for batches that a loader has split ahead (`Staging`; None: none). Make it hold the cold rows of two batches.
         **stock: further arguments of EmbeddingShardingPlanner (`storage_reservation`, `proposer`, `partitioner`, `stats`, ...).
 
     Raises:
@@ -98,6 +99,7 @@ class FAEShardingPlanner(ShardingPlanner):
         self._hot_options = hot_options(hot_tier, self._topology.compute_device)
         check_constraints(placement, constraints or {})
         cache = cold_cache(placement, self._cold_options, cold_cache_bytes, self._topology.world_size)
+        self._staging_bytes = (cold_cache_bytes or 0) if self._cold_options.staged and hot_tier == "replicated" else 0
         # On a single rank all sharding types hold the same rows, and table-wise has the least to do (`LocalTier`).
         types = self._cold_options.sharding_types[: 1 if self._topology.world_size == 1 else None]
         self._cold_constraints = cold_constraints(placement, self._cold_options, constraints, cache, types)
@@ -203,7 +205,21 @@ class FAEShardingPlanner(ShardingPlanner):
     def _fast_memory(
         self, placed: list[tuple[TableSpec, ...]], hot: Mapping[str, ParameterSharding] | None = None, rank: int = 0
     ) -> dict[str, int]:
-        return fast_memory_bytes(self._placement, placed, hot, rank, self._compact_above, self._topology.compute_device)
+        parts = fast_memory_bytes(self._placement, placed, hot, rank, self._compact_above, self._topology.compute_device)
+        return {**parts, "staging": self._staging_bytes} if self._staging_bytes else parts
+
+    def _staging_rows(self, collections: list[_Collection], collection: _Collection) -> int:
+        """Rows of a half of one collection's staging area: its share of the bytes is that of its cold tables."""
+        cold = {path: self._cold_tables(placed) for path, _, placed, hot_cold in collections if hot_cold}
+        whole = sum(table.total_bytes for tables in cold.values() for table in tables)
+        mine = cold[collection.path]
+        if not self._staging_bytes or not mine:
+            return 0
+        share = sum(table.total_bytes for table in mine) / whole
+        return int(share * self._staging_bytes / (2 * max(table.row_bytes for table in mine)))
+
+    def _cold_tables(self, placed: Iterable[TableSpec]) -> list[TableSpec]:
+        return [table for table in placed if self._placement.kind(table.name) is not TableKind.HOT]
 
     def _joined(self, hot: ShardingPlan, cold: ShardingPlan, collections: list[_Collection]) -> ShardingPlan:
         """One plan of both tiers and the placement."""
@@ -225,6 +241,7 @@ class FAEShardingPlanner(ShardingPlanner):
                     {table.name: hot_rows[table.name] for table in collection.placed if table.name in hot_rows},
                     self._compact_above,
                     self._cold_options.on_host,
+                    self._staging_rows(collections, collection),
                 )
         return ShardingPlan(plan)
 

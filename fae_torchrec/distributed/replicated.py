@@ -128,8 +128,8 @@ class ReplicatedHotTier:
             module for lookup in self.lookups for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
         )
         self.kernels = [next(kernels) if group.num_slots else None for group in groups]
-        # The row that stands for cold ids; the updates write to it too.
-        self._zeros = [table.weights[0] for table in local_tables(self.lookups)]
+        # The row that stands for cold ids; the updates write to it too. `.data`: between another forward and its backward it is zero anyway.
+        self._zeros = [table.weights.data[0] for table in local_tables(self.lookups)]
         self._anchor = torch.empty(0, device=device, requires_grad=True)  # what makes autograd call a lookup's backward
 
     def input_dist(self, ids: TieredIds, *, promised_hot: bool) -> Awaitable[Awaitable[HotInput]]:
@@ -176,6 +176,14 @@ class ReplicatedHotTier:
                 for name, rows in group.tables:
                     yield merged.rows_of(name, first, rows)
                     first += rows
+
+    def spare_rows(self) -> Iterator[LocalTable | None]:
+        """By group, the rows behind the hot ones and their optimizer state, as views; None where a group has no slots."""
+        kernels = iter(local_tables(self.lookups))
+        for group in self._groups:
+            merged = next(kernels) if group.num_slots else None
+            first = 1 + group.num_slots
+            yield None if merged is None else merged.rows_of("", first, merged.weights.shape[0] - first)
 
     def check_replicas(self) -> None:
         """See `replica_check.check_replicas`."""

@@ -18,11 +18,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from fae_torchrec.core.fingerprint import fingerprint
 from fae_torchrec.data.batches import AheadKeyedJaggedTensor
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
+from fae_torchrec.distributed.staging import StagedBatch
 from fae_torchrec.distributed.tier_tables import Collection
 from fae_torchrec.distributed.tiers import FAEContext
 from fae_torchrec.modules.bag_split import BagSplit
 from fae_torchrec.modules.lookups import stock_names
 from fae_torchrec.modules.pooling import TierJoin
+from fae_torchrec.modules.staged_split import StagedSplit
 from fae_torchrec.modules.tier_split import AheadIds, TieredIds
 
 
@@ -43,7 +45,8 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
         self.tier_join = TierJoin(split.lookups, columns, [lookup.key for lookup in split.cold_lookups], self._device)
         self.stock_names = stock_names(list(self._configs.values()))
         lookups = [lookup.key for lookup in split.lookups]
-        self.split_key = fingerprint("tier split", self.placement.fingerprint, lookups, self.module_sharding_plan.hot_tier)
+        tiers = [self.module_sharding_plan.hot_tier, self._staging_capacity]
+        self.split_key = fingerprint("tier split", self.placement.fingerprint, lookups, tiers)
         self._host_join = [copy.deepcopy(self.tier_join).to("cpu")]  # for `with_units`; in a list, so that it stays on the host
 
     def _new_split(self, device: torch.device) -> BagSplit:
@@ -59,7 +62,11 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
 
     def host_split(self) -> BagSplit:
         """A split of the same tables for ids on the CPU, with the fastest index there is."""
-        return BagSplit(*self._split_args(torch.device("cpu"))[:5], compact_above_rows=sys.maxsize, by_group=self.tier_split.by_group)
+        args = self._split_args(torch.device("cpu"))[:5]
+        fastest: dict[str, Any] = {"compact_above_rows": sys.maxsize, "by_group": self.tier_split.by_group}
+        if self._staging is None:
+            return BagSplit(*args, **fastest)
+        return StagedSplit(*args, **fastest, first_home=self._staging.first_home, capacity=self._staging_capacity)
 
     def with_units(self, ahead: AheadIds) -> AheadIds:
         """Ids that `host_split` has split, ready to be sent: with everything known of them that can be."""
@@ -68,14 +75,15 @@ class ShardedFAEEmbeddingBagCollection(ShardedHotColdModule):
             ahead.ids.cold_at = None
         return ahead
 
-    def _by_tier(self, features: KeyedJaggedTensor, *, promised_hot: bool) -> TieredIds:
+    def _by_tier(self, ctx: FAEContext, features: KeyedJaggedTensor, *, promised_hot: bool) -> TieredIds:
         ahead = features.ahead.get(self.split_key) if isinstance(features, AheadKeyedJaggedTensor) else None
         if ahead is not None:
             ids = self.tier_split.arrived(ahead)
+            ctx.staged = None if ahead.staged is None else StagedBatch(ahead.staged)
             if self._env.world_size > 1:  # the ranks tell each other
                 ids = replace(ids, misses=ids.misses.to(self._device, non_blocking=True))
             return ids
-        ids = super()._by_tier(features, promised_hot=promised_hot)
+        ids = super()._by_tier(ctx, features, promised_hot=promised_hot)
         ids.units = None if ids.cold_at is None else self.tier_join.units(ids.cold_at)
         return ids
 

@@ -31,17 +31,18 @@ class SplitAhead:
         modules = [module for module in model.modules() if isinstance(module, ShardedFAEEmbeddingBagCollection)]
         self._collections = {module.split_key: (module.host_split(), module) for module in modules}
 
-    def __call__(self, batch: B) -> B:
+    def __call__(self, batch: B, step: int = 0) -> B:
         """The batch, with its ids split.
 
         Args:
+            step: number among the batches of its kind: two that follow one another take turns with a staging area.
             batch: on the CPU; a HotKeyedJaggedTensor is split as a hot one, and what is cold in it counted as its broken promise.
         """
         kjt = batch.sparse_features
         hot = isinstance(kjt, HotKeyedJaggedTensor)
         keys = set(kjt.keys())
         ahead = {
-            key: module.with_units(split.ahead(kjt, promised_hot=hot))
+            key: module.with_units(split.ahead(kjt, promised_hot=hot, half=step % 2))
             for key, (split, module) in self._collections.items()
             if _features(split) <= keys  # else it is fed from somewhere else
         }

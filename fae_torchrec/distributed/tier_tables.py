@@ -40,10 +40,15 @@ def tier_collection(stock: Collection, configs: Sequence[TableConfig], like: Map
     return tier
 
 
-def merged_tables(stock: Collection, groups: Sequence[HotGroup]) -> EmbeddingBagCollection:
-    """One table per group that has slots: a row of zeros for cold ids, then the hot rows, one table's after the other's.
+def merged_tables(stock: Collection, groups: Sequence[HotGroup], spare: Sequence[int]) -> EmbeddingBagCollection:
+    """One table per group that has slots: a row of zeros for cold ids, then the hot rows, one table's after the other's, then spare ones.
 
     On the meta device, marked as stock's.
+
+    Args:
+        stock: the unsharded stock collection.
+        groups: of its tables.
+        spare: rows behind the hot ones, by group.
     """
     dtypes = {config.name: config.data_type for config in table_configs(stock)}
     merged, like = [], {}
@@ -56,7 +61,7 @@ def merged_tables(stock: Collection, groups: Sequence[HotGroup]) -> EmbeddingBag
             EmbeddingBagConfig(
                 name=name,
                 embedding_dim=group.dim,
-                num_embeddings=group.num_slots + 1,
+                num_embeddings=1 + group.num_slots + spare[number],
                 feature_names=[name],
                 pooling=PoolingType.SUM,
                 data_type=dtypes[like[name]],

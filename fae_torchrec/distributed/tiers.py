@@ -16,6 +16,7 @@ from torchrec.streamable import Multistreamable
 
 from fae_torchrec.distributed.row_cache import RowCache
 from fae_torchrec.distributed.rows_ahead import LookupAhead, RowsAhead
+from fae_torchrec.distributed.staging import StagedBatch
 from fae_torchrec.modules.lookups import TableConfig
 from fae_torchrec.modules.tier_split import TieredIds
 
@@ -29,6 +30,7 @@ class FAEContext(Multistreamable):
         cold: the cold tier's stock context, None for a hot batch and where no table has a cold row.
         left: the stock context of the tables left to stock sharding, None where there are none.
         ahead: the cold rows, where they were looked up before the batch's turn.
+        staged: the batch, where its cold rows are brought beside the hot ones.
         sharding_contexts: as TorchRec's pipelines want them: one per awaitable, None where a tier of ours has none.
     """
 
@@ -36,11 +38,12 @@ class FAEContext(Multistreamable):
     cold: Multistreamable | None = None
     left: Multistreamable | None = None
     ahead: RowsAhead | None = None
+    staged: StagedBatch | None = None
     sharding_contexts: list[EmbeddingShardingContext | None] = field(default_factory=list)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
-        for part in (self.ids, self.cold, self.left):
+        for part in (self.ids, self.cold, self.left, self.staged):
             if part is not None:
                 part.record_stream(stream)
 

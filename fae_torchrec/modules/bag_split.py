@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
-from fae_torchrec.modules.tier_split import AheadIds, HotBags, TieredIds, TierSplit, hot_alone
+from fae_torchrec.modules.tier_split import AheadIds, HotBags, StagedRows, TieredIds, TierSplit, hot_alone
 
 
 class _BagOrder:
@@ -43,6 +43,31 @@ class _BagOrder:
         return parts[0].t().reshape(-1) if len(parts) == 1 else torch.cat([part.t().reshape(-1) for part in parts])
 
 
+@dataclass
+class _Found:
+    """A batch's ids, lookup by lookup, on their way to their tiers.
+
+    Attributes:
+        samples: of the batch.
+        sizes: ids before each group, and all; empty with one group.
+        values: int64 [ids], within the bounds of their tables.
+        lengths: int [lookups x samples].
+        weights: [ids] or None.
+        offsets: int64 [lookups x samples + 1].
+        slots: int64 [ids], -1 where cold.
+        one_each: whether every bag has one id; None where only the device knows.
+    """
+
+    samples: int
+    sizes: list[int]
+    values: torch.Tensor
+    lengths: torch.Tensor
+    weights: torch.Tensor | None
+    offsets: torch.Tensor
+    slots: torch.Tensor
+    one_each: bool | None
+
+
 class BagSplit(TierSplit):
     """The split of a pooled collection.
 
@@ -70,38 +95,50 @@ class BagSplit(TierSplit):
         Raises:
             DataError: a feature of a table is missing, or the batch has a variable stride.
         """
+        found = self._found(features)
+        slots, samples = found.slots, found.samples
+        misses = (slots < 0).sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=slots.device)
+        cold = cold_at = None
+        if not promised_hot and self.cold_lookups:
+            found.one_each, counts = self._count_one_each(slots, found.lengths, found.one_each, samples)
+            if found.one_each:
+                cold, cold_at = self._pack_one_each(found.values, found.weights, slots, samples, counts)
+            else:
+                cold, cold_at = self._pack_bags(found.values, found.offsets, found.weights, slots, samples)
+        return self._arranged(found, cold, cold_at, misses)
+
+    def _found(self, features: KeyedJaggedTensor) -> _Found:
+        """A batch's ids in the order of the lookups, and their slots."""
         values, lengths, weights = self._in_order(features)
         samples, sizes = features.stride(), self._sizes(features)
         order = self._order(samples, lengths.dtype, lengths.device)
         one_each = self._one_each(features, values, lengths, order)
         offsets = order.one_each if one_each else torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.to(torch.int64))
-        slots = self._find(values, offsets)
-        misses = (slots < 0).sum().reshape(1) if promised_hot else torch.zeros(1, dtype=torch.int64, device=values.device)
-        cold = cold_at = None
-        if not promised_hot and self.cold_lookups:
-            one_each, counts = self._count_one_each(slots, lengths, one_each, samples)
-            if one_each:
-                cold, cold_at = self._pack_one_each(values, weights, slots, samples, counts)
-            else:
-                cold, cold_at = self._pack_bags(values, offsets, weights, slots, samples)
+        return _Found(samples, sizes, values, lengths, weights, offsets, self._find(values, offsets), one_each)
+
+    def _arranged(self, found: _Found, cold: KeyedJaggedTensor | None, cold_at: torch.Tensor | None, misses: torch.Tensor) -> TieredIds:
+        """The hot bags as the kernels take them, with what was found out about the cold ones."""
+        slots, offsets, weights, lengths = found.slots, found.offsets, found.weights, found.lengths
+        order = self._order(found.samples, lengths.dtype, lengths.device)
         if not self.by_group:
             hot = [hot_alone(slots, offsets, weights)]
-        elif one_each:
+        elif found.one_each:
             turned = None if weights is None else order.turned(weights)
             hot = self._by_groups(order.turned(slots), order.one_each, turned, order.first, order.first)
         else:
             lengths_then, slots, weights = torch.ops.fbgemm.permute_1D_sparse_data(order.bags, lengths, slots, weights, slots.numel())
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths_then.to(torch.int64))
-            hot = self._by_groups(slots, offsets, weights, order.first, sizes)
-        whole = lengths.view(len(self.lookups), samples).t() if self._any_mean else None
-        return TieredIds(hot, cold, cold_at, misses, whole, one_each=bool(one_each) and self.by_group)
+            hot = self._by_groups(slots, offsets, weights, order.first, found.sizes)
+        whole = lengths.view(len(self.lookups), found.samples).t() if self._any_mean else None
+        return TieredIds(hot, cold, cold_at, misses, whole, one_each=bool(found.one_each) and self.by_group)
 
-    def ahead(self, features: KeyedJaggedTensor, *, promised_hot: bool = False) -> AheadIds:
+    def ahead(self, features: KeyedJaggedTensor, *, promised_hot: bool = False, half: int = 0) -> AheadIds:
         """Splits one batch on the host, to be sent to the device before its step.
 
         Args:
             features: as `forward`, on the CPU.
             promised_hot: as `forward`.
+            half: for `StagedSplit`.
 
         Raises:
             DataError: as `forward`.
@@ -109,10 +146,15 @@ class BagSplit(TierSplit):
         ids = self(features, promised_hot=promised_hot)
         if ids.cold is not None:
             ids.cold.offsets()  # kept there: nothing is left to compute on the device
+        return self._sent(ids, features.stride())
+
+    @staticmethod
+    def _sent(ids: TieredIds, samples: int, staged: StagedRows | None = None) -> AheadIds:
+        """Ids ready to be sent: without what the device has."""
         if ids.one_each:
             none = torch.empty(0, dtype=torch.int64)
             ids.hot = [HotBags(bags.slots, none, bags.weights) for bags in ids.hot]
-        return AheadIds(ids, features.stride())
+        return AheadIds(ids, samples, staged)
 
     def arrived(self, ahead: AheadIds) -> TieredIds:
         """What `forward` gives, of ids that were split by a BagSplit of the same tables on the host."""

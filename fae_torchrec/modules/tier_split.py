@@ -76,16 +76,37 @@ class TieredIds(Multistreamable):
 
 
 @dataclass
+class StagedRows(Multistreamable):
+    """The cold rows of one batch that are brought beside the hot ones for its step (`Staging`).
+
+    Attributes:
+        rows: by group, int64 [distinct cold rows], ascending: where they are at home, as rows of the group's homes. Row i has the i-th
+            slot of the half.
+        half: which half of the staging area, 0 or 1.
+    """
+
+    rows: list[torch.Tensor]
+    half: int
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors alive for `stream`."""
+        for rows in self.rows:
+            rows.record_stream(stream)
+
+
+@dataclass
 class AheadIds(Multistreamable):
     """One batch's ids by tier on their way from the host, where they were split; what `BagSplit.arrived` makes TieredIds of again.
 
     Attributes:
         ids: by tier. Offsets of bags with one id each do not travel: the device has them.
         samples: of the batch.
+        staged: the cold rows, if they are to lie beside the hot ones: then all ids are in `ids.hot`.
     """
 
     ids: TieredIds
     samples: int
+    staged: StagedRows | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> AheadIds:
         """A copy on a device; `misses` stay on the host, which asks."""
@@ -98,12 +119,18 @@ class AheadIds(Multistreamable):
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors alive for `stream`."""
         self.ids.record_stream(stream)
+        if self.staged is not None:
+            self.staged.record_stream(stream)
 
     def _moved(self, move: Callable[[Any], Any]) -> AheadIds:
-        ids = self.ids
+        ids, staged = self.ids, self.staged
         cold, cold_at, lengths, units = (None if part is None else move(part) for part in (ids.cold, ids.cold_at, ids.lengths, ids.units))
         hot = [bags.moved(move) for bags in ids.hot]
-        return AheadIds(replace(ids, hot=hot, cold=cold, cold_at=cold_at, lengths=lengths, units=units), self.samples)
+        return AheadIds(
+            replace(ids, hot=hot, cold=cold, cold_at=cold_at, lengths=lengths, units=units),
+            self.samples,
+            None if staged is None else StagedRows([move(rows) for rows in staged.rows], staged.half),
+        )
 
 
 class TierSplit(nn.Module):

@@ -48,31 +48,34 @@ class ColdPrefetch:
         self._brought: set[int] = set()
 
     def caches(self, modules: Iterable[Any]) -> bool:
-        """Whether there are caches, which can be prefetched into right after the forward of a cold batch too."""
-        return self._stream is not None and any(isinstance(module, ShardedHotColdModule) and module.prefetches for module in modules)
+        """Whether there are caches or staging areas, to which rows can be brought right after the forward of a cold batch too."""
+        return any(isinstance(module, ShardedHotColdModule) and module.prefetches for module in modules)
 
     def has(self, context: TrainPipelineContext) -> bool:
         """Whether the rows of a batch are on their way already."""
         return context.index in self._brought
 
-    def bring(self, modules: Iterable[Any], context: TrainPipelineContext, dist_stream: torch.Stream | None) -> None:
-        """Brings the cold rows of a batch in. A collective on the CPU.
+    def bring(self, modules: Iterable[Any], context: TrainPipelineContext, dist_stream: torch.Stream | None, *, hot: bool) -> None:
+        """Brings the cold rows of a batch in. A collective on the CPU, but for staging areas.
 
         Args:
             modules: the pipelined modules.
             context: of the batch, its input dist finished but for the last wait.
             dist_stream: where its input dist runs; None on the CPU.
+            hot: whether the batch in training is hot; if not, its forward was queued, and only caches and staging areas get rows.
         """
         assert context.index is not None
         self._brought.add(context.index)
         for module in modules:
-            if not isinstance(module, ShardedHotColdModule) or (self._stream is not None and not module.prefetches):
+            if not isinstance(module, ShardedHotColdModule):
+                continue
+            if not module.prefetches and (self._stream is not None or not hot):
                 continue
             name = module.forward.name
             request = context.input_dist_tensors_requests[name]
             if self._stream is None or dist_stream is None:
                 features = request.wait()
-                module.look_ahead(context.module_contexts[name], features)
+                module.look_ahead(context.module_contexts[name], features, hot=hot)
             else:
                 features = self._prefetch(module, context.module_contexts[name], request, dist_stream)
             context.input_dist_tensors_requests[name] = NoWait(features)

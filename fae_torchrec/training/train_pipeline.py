@@ -200,14 +200,14 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
     def _look_ahead(self) -> None:
         """Takes each batch in the queue one stage on, so that whatever is waited for was started a step ago."""
         if kind_of(self.batches[0]) == "hot":
-            self._bring_rows()
+            self._bring_rows(hot=True)
         for context in self.contexts:
             if context.index in self._started and context.fused_splits_awaitables:
                 self.wait_sparse_data_dist(context)
         for batch, context in zip(self.batches, self.contexts, strict=True):
             self.start_sparse_data_dist(batch, context)
 
-    def _bring_rows(self) -> None:
+    def _bring_rows(self, *, hot: bool) -> None:
         coming = coming_cold([kind_of(batch) for batch in self.batches])
         if coming is None:
             return
@@ -216,7 +216,7 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
         # Without gradient what is looked up could not be trained on later.
         if distributed and not self._cold_prefetch.has(context) and self._model.training and torch.is_grad_enabled():
             with self._clock("prefetch"):
-                self._cold_prefetch.bring(self._pipelined_modules, context, self._data_dist_stream)
+                self._cold_prefetch.bring(self._pipelined_modules, context, self._data_dist_stream, hot=hot)
 
     def _forward(self, batch: In | None) -> tuple[torch.Tensor, Out]:
         with self._clock("forward"):
@@ -224,7 +224,7 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
 
     def _backward(self, losses: torch.Tensor) -> None:
         if self._cold_prefetch.caches(self._pipelined_modules):
-            self._bring_rows()
+            self._bring_rows(hot=False)
         batch = self.batches[0]
         weight = batch.weight if isinstance(batch, HotColdBatch) else 1.0
         with self._clock("backward"):
