@@ -37,6 +37,7 @@ from record import record_header, write_record
 
 _ROOT = Path(__file__).resolve().parent.parent
 H200_BYTES = 139 * GIB
+_RUN = ("created", "command", "hardware")  # a comparison keeps those of its own run
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
@@ -68,7 +69,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--host-gib", type=float, help="memory of the host (default: what the machine says)")
     add("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only tries the script (default: %(default)s)")
-    add("--trace", type=Path, metavar="DIR", help="write a profile of some steps of each placement of the base workload there")
+    add("--trace", type=Path, metavar="DIR", help="write a profile of some steps of the placements of the first comparison there")
+    add("--resume", action="store_true", help="keep the comparisons that the JSON has of such a machine and measure the others")
     add("--json", type=Path, default=_ROOT / "benchmarks/results/gpu.json", help="(default: %(default)s)")
     add("--quick", action="store_true", help="tiny tables and batches; writes runs/gpu_quick.json")
     if parser.parse_known_args(argv)[0].quick:
@@ -101,6 +103,7 @@ def _machine(args: argparse.Namespace) -> Machine:
 def _measured(
     args: argparse.Namespace, argv: list[str] | None, found: Sequence[Comparison], cut: dict[str, Any], machine: Machine
 ) -> dict[str, Any]:
+    from fbgemm_gpu import __version__ as fbgemm_version
     from gpu_measure import Measurement, Options  # these import fbgemm_gpu, which --dry-run need not wait for
     from gpu_trace import tracer
 
@@ -130,16 +133,24 @@ def _measured(
         "machine": vars(machine),
         "tf32": True,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "skipped": [],
         "comparisons": [],
     }
+    record["versions"]["fbgemm_gpu"] = fbgemm_version
+    if args.resume:
+        record["comparisons"] = _kept(args.json, record)
+    have = {entry["workload"]["name"] for entry in record["comparisons"]}
     try:
         for comparison in found:
-            if time.monotonic() > options.deadline:
-                record.setdefault("skipped", []).append(comparison.workload.name)
+            name = comparison.workload.name
+            if name in have:
                 continue
-            record["comparisons"].append(measurement.run(comparison, cut[comparison.workload.name]))
-            options = replace(options, trace=None)
-            measurement.options = options
+            if time.monotonic() > options.deadline:
+                record["skipped"].append(name)
+                continue
+            entry = measurement.run(comparison, cut[name])
+            record["comparisons"].append({**entry, "run": {key: record[key] for key in _RUN}})
+            measurement.options = replace(options, trace=None)
             record["wall_s"] = round(time.monotonic() - began, 1)
             write_record(args.json, record)  # after each: a run that is cut off keeps what it has
     finally:
@@ -147,6 +158,19 @@ def _measured(
     print(json.dumps({entry["workload"]["name"]: _medians(entry) for entry in record["comparisons"]}, indent=1))
     print(f"written: {args.json}")
     return record
+
+
+def _kept(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The comparisons of an earlier run on such a machine."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    unlike = [key for key in ("schema", "gpu", "versions", "seed") if before[key] != record[key]]
+    if unlike:
+        told = "; ".join(f"{key}: {before[key]} there, {record[key]} here" for key in unlike)
+        raise SystemExit(f"--resume: {path} was measured otherwise ({told}); give another --json, or leave --resume out")
+    kept: list[dict[str, Any]] = before["comparisons"]
+    return kept
 
 
 def _medians(entry: dict[str, Any]) -> dict[str, Any]:

@@ -64,42 +64,51 @@ def cache_counts(trainee: Trainee, batches: Sequence[Batch], workload: Workload)
 def device_ms(runner: Runner, batches: Sequence[Batch], repeats: int = 3) -> dict[str, float]:
     """Milliseconds of the device for the tables alone: lookup, joining of tiers, backward with the update; and, beside, for the prefetch.
 
-    The host queues a step behind a kernel that waits, so that its own time does not count. The input dist is done before. What is
-    prefetched in a pipeline (on another stream, beside the dense part) is prefetched before, and clocked by itself.
+    The host queues a step behind a kernel that waits, so that its own time does not count. The input dist is done before. What a pipeline
+    prefetches on another stream, beside the step before, is prefetched before, and clocked by itself. (What a staging area sends home goes
+    over the link in the other direction, beside that; as many bytes.)
 
     Args:
         runner: its pipeline released.
-        batches: as its pipeline takes them; the mean is over all.
-        repeats: of each batch; the median counts.
+        batches: as its pipeline takes them, in their order; the mean is over all.
+        repeats: the median counts.
     """
+    clocked = [[_clocked(runner, batch) for batch in batches] for _ in range(repeats + 1)][1:]
+    step, prefetch = (
+        statistics.mean(statistics.median(times) for times in zip(*([found[part] for found in one] for one in clocked), strict=True))
+        for part in (0, 1)
+    )
+    return {"step": step, "prefetch": prefetch}
+
+
+def _clocked(runner: Runner, batch: Batch) -> tuple[float, float]:
+    """Milliseconds of one step and of its prefetch."""
     trainee, device = runner.trainee, runner.trainee.device
-    bags = trainee.bags
-    step_ms, prefetch_ms = [], []
-    side = torch.cuda.Stream(device)
-    for batch in batches:
-        gradient = trainee.gradient(batch.labels.numel())
-        times: list[tuple[float, float]] = []
-        for _ in range(repeats):
-            context = bags.create_context()
-            inputs = bags.input_dist(context, batch.to(device).sparse_features).wait().wait()
-            torch.cuda.synchronize()
-            start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-            prefetched = 0.0
-            if runner.prefetches:
-                with torch.cuda.stream(side):
-                    torch.cuda._sleep(_SLEEP_CYCLES)
-                    start.record()
-                    bags.prefetch(inputs, torch.cuda.default_stream(device), context)
-                    middle.record()
-                torch.cuda.synchronize()
-                prefetched = start.elapsed_time(middle)
+    bags, forward_stream = trainee.bags, torch.cuda.default_stream(device)
+    gradient = trainee.gradient(batch.labels.numel())
+    context = bags.create_context()
+    inputs = bags.input_dist(context, batch.to(device).sparse_features).wait().wait()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    prefetch_ms = 0.0
+    staging = getattr(context, "staged", None) and bags._staging
+    if runner.prefetches or staging:
+        side = staging._stream if staging else torch.cuda.Stream(device)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
             torch.cuda._sleep(_SLEEP_CYCLES)
-            start.record()
-            values = bags.compute_and_output_dist(context, inputs).wait().values()
-            values.backward(gradient[: values.shape[0]])
+            begin.record()
+            if staging:
+                bags.look_ahead(context, inputs, forward_stream)
+            else:
+                bags.prefetch(inputs, forward_stream, context)
             end.record()
-            torch.cuda.synchronize()
-            times.append((start.elapsed_time(end), prefetched))
-        step_ms.append(statistics.median(time for time, _ in times))
-        prefetch_ms.append(statistics.median(time for _, time in times))
-    return {"step": statistics.mean(step_ms), "prefetch": statistics.mean(prefetch_ms)}
+        torch.cuda.synchronize()
+        prefetch_ms = begin.elapsed_time(end)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_SLEEP_CYCLES)
+    begin.record()
+    values = bags.compute_and_output_dist(context, inputs).wait().values()
+    values.backward(gradient[: values.shape[0]])
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), prefetch_ms

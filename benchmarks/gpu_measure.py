@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import tempfile
@@ -134,12 +135,15 @@ class Measurement:
                 before = allocated(self.options.device)
                 if self.options.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
+                gc.collect()
+                gc.disable()  # a collection looks at the batches of all placements
                 elapsed_ms = runner.run(steps[name])
+                gc.enable()
                 if turn:  # the first is the warm-up: caches fill, allocators grow
                     blocks[name].append(1000 * runner.samples * steps[name] / runner.steps / elapsed_ms)
                 if self.options.device.type == "cuda" and stage == STAGES[0]:
                     entries[name]["peak_hbm_bytes"] = entries[name]["static_hbm_bytes"] + torch.cuda.max_memory_allocated() - before
-                if turn == self.options.rounds and self.options.trace is not None and stage == STAGES[0]:
+                if turn == self.options.rounds and self.options.trace is not None and stage == STAGES[0] and not number:
                     self.options.trace(name, runner)
         for name, found in blocks.items():
             entry = entries[name]
@@ -160,9 +164,8 @@ class Measurement:
                 continue
             seen.add(id(runner.trainee))
             chosen = runner.batches[: 2 * _COUNTED]
-            entries[name]["device_ms"] = {
-                kind: device_ms(runner, [batch for batch in chosen if _kind(batch) == kind][:_COUNTED]) for kind in {*map(_kind, chosen)}
-            }
+            by_kind = {kind: [batch for batch in chosen if _kind(batch) == kind][:_COUNTED] for kind in {*map(_kind, chosen)}}
+            entries[name]["device_ms"] = {kind: device_ms(runner, of_kind) for kind, of_kind in by_kind.items()}
             if runner.trainee.cache_kernels():
                 entries[name]["cache"] = cache_counts(runner.trainee, chosen, workload)
             self._say(f"  {name:58} {entries[name]['device_ms']} {entries[name].get('cache', '')}")

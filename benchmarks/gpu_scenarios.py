@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
 from fae_torchrec.data.criteo_shape import KEEP_ROWS, SPARSE_NAMES, criteo_shape
 
@@ -78,7 +79,7 @@ class Placement:
         kind: "hbm", "uvm", "caching", "host" (stock TorchRec) or "fae".
         pipeline: "sparse_dist" and "prefetch" are TorchRec's, "fae" ours, "none" a plain loop.
         cold: of "fae": "uvm", "uvm_caching" or "host".
-        cache_share: of "fae" with uvm_caching: the part of the budget that caches cold rows.
+        cache_share: of "fae": the part of the budget for cold rows on their way: the cache of uvm_caching, or with uvm a staging area.
         whole_rows: of "caching": tables of at most so many rows lie whole in HBM, the rest of the budget caches; what is tuned.
         lookahead: of "fae": batches.
         feed: "resident" (batches made before), "stream" or "store".
@@ -94,6 +95,11 @@ class Placement:
     lookahead: int = 2
     feed: str = "resident"
     split_ahead: bool = True
+
+    @property
+    def staged(self) -> bool:
+        """Whether cold rows are copied beside the hot ones for their step."""
+        return self.kind == "fae" and self.cold == "uvm" and self.cache_share > 0
 
     def model_key(self, workload: Workload) -> tuple[object, ...]:
         """What placements on workloads have in common that can be trained by one model."""
@@ -163,24 +169,66 @@ UVM = Placement("UVM", "uvm")
 CACHING = Placement("UVM caching", "caching")
 PREFETCH = Placement("UVM caching + prefetch", "caching", "prefetch")
 HOST = Placement("host", "host", "none")
+FAE = Placement("FAE", "fae", "fae", "uvm", cache_share=0.2)  # `staged` gives the share that a workload needs
 FAE_UVM = Placement("FAE, UVM", "fae", "fae", "uvm")
 FAE_PREFETCH = Placement("FAE, prefetch", "fae", "fae", "uvm_caching", cache_share=0.25)
 FAE_HOST = Placement("FAE, host", "fae", "fae", "host")
+FAE_AHEAD = replace(FAE, name="FAE, lookahead 5", lookahead=5)
+FAE_STREAM = replace(FAE, name="FAE, streamed", feed="stream")
+FAE_STORE = replace(FAE, name="FAE, from a store", feed="store")
+FAE_ON_DEVICE = replace(FAE_UVM, name="FAE, UVM, split on the device", split_ahead=False)
 FAE_UNFETCHED = replace(FAE_PREFETCH, name="FAE, caching without prefetch", pipeline="sparse_dist")
-FAE_AHEAD = replace(FAE_PREFETCH, name="FAE, prefetch, lookahead 5", lookahead=5)
-FAE_ON_DEVICE = replace(FAE_PREFETCH, name="FAE, prefetch, split on the device", split_ahead=False)
-FAE_STREAM = replace(FAE_PREFETCH, name="FAE, prefetch, streamed", feed="stream")
-FAE_STORE = replace(FAE_PREFETCH, name="FAE, prefetch, from a store", feed="store")
 
 WHOLE_ROWS = (20_000, 200_000)  # the grid of "UVM caching" beside caching everything: small tables whole in HBM
-CACHE_SHARES = (0.1,)  # the grid of "FAE, prefetch" beside its default
+STAGING_SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.65, 0.85)
+STAGING_MARGIN = 1.1
 
 
 def tuned(workload: Workload) -> list[Placement]:
-    """Variants of which the best is taken: of the rival and of ours."""
+    """Variants of the rival, of which the best is taken."""
     whole = [replace(PREFETCH, name=f"{PREFETCH.name}, tables of {rows:,} rows whole", whole_rows=rows) for rows in WHOLE_ROWS]
-    fitting = [placement for placement in whole if placement.whole_bytes(workload) < 0.8 * workload.budget_bytes]
-    return [*fitting, *(replace(FAE_PREFETCH, name=f"FAE, prefetch, {share:.0%} cache", cache_share=share) for share in CACHE_SHARES)]
+    return [placement for placement in whole if placement.whole_bytes(workload) < 0.8 * workload.budget_bytes]
+
+
+def staged(placement: Placement, workload: Workload) -> Placement:
+    """The placement, its staging area such that each half holds the cold rows of a batch; the rest of the budget is for hot rows."""
+    if not placement.staged:
+        return placement
+    for share in STAGING_SHARES:
+        half = share * workload.budget_bytes / 2 / workload.row_bytes
+        hot, coverage = hot_samples(workload, (1 - share) * workload.budget_bytes)
+        cold_ids = workload.batch_size * len(workload.rows) * (1 - coverage) / (1 - hot)
+        if half > STAGING_MARGIN * cold_ids:
+            break
+    return replace(placement, cache_share=share)
+
+
+def hot_samples(workload: Workload, hot_bytes: float) -> tuple[float, float]:
+    """What the most accessed rows of all tables, as many as the bytes hold, would give: the share of hot samples, and that of hot ids."""
+    exponent, rows = workload.exponent, list(workload.rows.values())
+    masses = [_mass(count, exponent) for count in rows]
+
+    def hot_rows(chance: float) -> list[float]:
+        """By table, rows whose share of its accesses is above `chance`."""
+        if not exponent:
+            return [count if count < 1 / chance else 0 for count in rows]
+        return [min(count, (1 / (mass * chance)) ** (1 / exponent)) for count, mass in zip(rows, masses, strict=True)]
+
+    low, high = 1e-12, 1.0
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        fits = sum(hot_rows(middle)) * workload.row_bytes <= hot_bytes
+        low, high = (low, middle) if fits else (middle, high)  # `high` always fits
+    hot = [_mass(count, exponent) / mass for count, mass in zip(hot_rows(high), masses, strict=True)]
+    return prod(hot), sum(hot) / len(hot)
+
+
+def _mass(rows: float, exponent: float) -> float:
+    """The sum of rank ** -exponent over the first ranks; an integral beyond the first 1,000."""
+    first = int(min(rows, 1000))
+    exact: float = sum(rank**-exponent for rank in range(1, first + 1))
+    power = 1 - exponent
+    return exact + (((rows + 0.5) ** power - (first + 0.5) ** power) / power if rows > first + 1 else 0.0)
 
 
 BASE = Workload()
@@ -200,12 +248,13 @@ class Comparison:
 
 def comparisons(*, cross: bool = False, base: Workload = BASE) -> list[Comparison]:
     """The matrix: everything on the base workload, then one thing varied at a time; or, with `cross`, all combinations."""
-    usual = (HBM, UVM, PREFETCH, FAE_UVM, FAE_PREFETCH)
+    usual = (HBM, UVM, PREFETCH, FAE)
     whole = (
-        *(*usual, FAE_AHEAD, FAE_UNFETCHED, FAE_ON_DEVICE, FAE_STREAM, FAE_STORE),  # of the models of `usual`
-        *(CACHING, *tuned(base), HOST, FAE_HOST),
+        *(*usual, *tuned(base), FAE_UVM, FAE_PREFETCH),
+        *(FAE_AHEAD, FAE_STREAM, FAE_STORE, FAE_ON_DEVICE, FAE_UNFETCHED),  # of the models of those before
+        *(CACHING, HOST, FAE_HOST),
     )
-    found = [Comparison(base, whole)]
+    found = [Comparison(base, tuple(staged(placement, base) for placement in whole))]
     varied: Iterable[Workload]
     if cross:
         varied = (
@@ -219,7 +268,8 @@ def comparisons(*, cross: bool = False, base: Workload = BASE) -> list[Compariso
             *(replace(base, budget=budget) for budget in BUDGETS),
             *(replace(base, dim=dim) for dim in DIMS),
         ]
-    return found + [Comparison(workload, usual) for workload in dict.fromkeys(varied) if workload != base]
+    others = [workload for workload in dict.fromkeys(varied) if workload != base]
+    return found + [Comparison(workload, tuple(staged(placement, workload) for placement in usual)) for workload in others]
 
 
 def groups(comparison: Comparison, machine: Machine) -> list[list[Placement]]:

@@ -54,8 +54,7 @@ class Staged(nn.Module):
             output: tuple[torch.Tensor, Any] = self.dlrm(batch)
             return output
         pooled = self.dlrm.model.sparse_arch.embedding_bag_collection(batch.sparse_features)
-        values = pooled.values()
-        return _FixedGradient.apply(values, self.gradient[: values.shape[0]]), None  # type: ignore[no-untyped-call]
+        return _fixed_gradient(pooled.values(), self.gradient), None
 
 
 class _FixedGradient(torch.autograd.Function):
@@ -69,6 +68,13 @@ class _FixedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.gradient, None
+
+
+@torch.fx.wrap  # type: ignore[untyped-decorator]
+def _fixed_gradient(values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A loss; torchrec's pipelines trace the model, so that its size is not known everywhere."""
+    loss: torch.Tensor = _FixedGradient.apply(values, gradient[: values.shape[0]])  # type: ignore[no-untyped-call]
+    return loss
 
 
 class HostBags(nn.Module):
@@ -219,7 +225,8 @@ class Runner:
             while True:
                 self._pipeline.progress(none)
         self._pipeline.detach()
-        self._pipeline = None
+        if self.placement.pipeline == "prefetch":
+            self._pipeline = None  # TorchRec's does not attach itself again
 
 
 class ModelPool:
@@ -285,7 +292,7 @@ def _sharded(model: nn.Module, placement: Placement, workload: Workload, rows: R
     topology = Topology(world_size=1, local_world_size=1, compute_device=device.type, **caps)
     if placement.kind == "fae":
         assert rows is not None
-        cache = round(placement.cache_share * workload.budget_bytes) if placement.cold == "uvm_caching" else None
+        cache = round(placement.cache_share * workload.budget_bytes) or None
         planner: Any = FAEShardingPlanner(
             rows, topology=topology, batch_size=workload.batch_size, cold_tier=placement.cold, cold_cache_bytes=cache
         )

@@ -20,19 +20,17 @@ from fae_torchrec.core.tables import TableKind
 from fae_torchrec.data.batches import HotKeyedJaggedTensor
 from fae_torchrec.distributed.all_hot_tables import all_hot_tables
 from fae_torchrec.distributed.fused_optimizer import Entry, HotColdFusedOptimizer, HotTierOptimizer, entry
-from fae_torchrec.distributed.homes import Homes, local_tables
-from fae_torchrec.distributed.host_tier import HOST, HostTier, host_env
-from fae_torchrec.distributed.local_tier import LocalTier
+from fae_torchrec.distributed.homes import Homes
+from fae_torchrec.distributed.host_tier import HostTier
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
-from fae_torchrec.distributed.replicated import ReplicatedHotTier
 from fae_torchrec.distributed.rows_ahead import RowsAhead
-from fae_torchrec.distributed.sharded_hot_tier import ShardedHotBags, ShardedHotSequences, ShardedHotTier
-from fae_torchrec.distributed.staging import RowHomes, Staging
+from fae_torchrec.distributed.sharded_hot_tier import ShardedHotTier
 from fae_torchrec.distributed.step_count import StepCount
 from fae_torchrec.distributed.stock_state import StockState
-from fae_torchrec.distributed.tier_tables import Collection, left_configs, merged_tables, optimizer_key, tier_collection
+from fae_torchrec.distributed.tier_builder import TierBuilder
+from fae_torchrec.distributed.tier_tables import Collection, left_configs, optimizer_key
 from fae_torchrec.distributed.tiers import FAEContext, StockTier
-from fae_torchrec.modules.lookups import HotGroup, TableConfig, cold_configs, hot_groups, tier_config
+from fae_torchrec.modules.lookups import cold_configs, hot_groups
 from fae_torchrec.modules.model_tables import table_configs, table_weights
 from fae_torchrec.modules.tier_split import TieredIds, TierSplit
 
@@ -86,15 +84,15 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self._groups, self._bounds_check_mode = groups, mode
         self.tier_split = self._new_split(self._device)
         # The tiers stay out of nn.Module's registry (as stock keeps its lookups): names and state are the stock ones.
-        self._staging_capacity = self._rows_to_stage(groups, weights)
-        self._hot = self._new_hot_tier(module, groups)
-        left = left_configs(module, self.placement.tables.names)
+        build = TierBuilder(module, plan, env, fused_params, self._device, groups, self._new_stock_module)
+        codecs = (self.qcomm_codecs_registry or {}).get(self.gradient_comm.name)
+        self._hot = build.hot(configs, codecs.backward if codecs else None)
         cold_keys = [lookup.key for lookup in self.tier_split.cold_lookups]
-        self._cold = self._new_cold_tier(module, cold_configs(configs, self.placement), cold_keys)
-        self._left = self._new_left_tier(module, left)
+        self._cold = build.cold(cold_configs(configs, self.placement), cold_keys)
+        self._left = build.left(left_configs(module, self.placement.tables.names))
         cold_lookups = [lookup for tier in self._cold for lookup in tier.module._lookups]
         self._lookups = [*self._hot.lookups, *cold_lookups, *(lookup for tier in self._left for lookup in tier.module._lookups)]
-        self._staging = self._new_staging(cold_lookups)
+        self._staging, self._staging_capacity = build.staging(self._hot, cold_lookups), build.staging_capacity
         self._steps = self._hot.step_count = StepCount([*self._hot.lookups, *cold_lookups])
         self._loads = 0  # times that rows came from outside: what was looked up before is void
         self._init_state(cold_lookups)
@@ -117,70 +115,6 @@ class ShardedHotColdModule(ShardedEmbeddingModule[KJTList, list[torch.Tensor], A
         self, collection: Collection, plan: dict[str, Any], env: ShardingEnv, device: torch.device, fused_params: dict[str, Any] | None
     ) -> nn.Module:
         raise NotImplementedError
-
-    def _new_hot_tier(self, module: Collection, groups: list[HotGroup]) -> ReplicatedHotTier | ShardedHotTier:
-        pooled = self.prefix == "embedding_bags"
-        if self.module_sharding_plan.hot_tier != "replicated":
-            hot = [tier_config(self._configs[name], rows) for group in groups for name, rows in group.tables]
-            stock = self._new_stock_module(
-                tier_collection(module, hot), dict(self.module_sharding_plan.hot), self._env, self._device, self._fused_params
-            )
-            return (ShardedHotBags if pooled else ShardedHotSequences)(stock, groups, self._env.process_group, self._device)
-        codecs = (self.qcomm_codecs_registry or {}).get(self.gradient_comm.name)
-        return ReplicatedHotTier(
-            groups,
-            merged_tables(module, groups, [2 * rows for rows in self._staging_capacity]),
-            pooled=pooled,
-            fused_params=self._fused_params,
-            env=self._env,
-            device=self._device,
-            codec=codecs.backward if codecs else None,
-        )
-
-    def _rows_to_stage(self, groups: list[HotGroup], weights: Mapping[str, nn.Parameter]) -> list[int]:
-        """By group, the rows of a half of its staging area: the plan's, dealt by cold lookups. 0 where nothing can be staged."""
-        cold = [[lookup.table for lookup in group.lookups if lookup.kind is not TableKind.HOT] for group in groups]
-        none = [0] * len(groups)
-        if not self.module_sharding_plan.staging_rows or self._env.world_size > 1 or not any(cold):
-            return none
-        for group, tables in zip(groups, cold, strict=True):
-            # All of a group's cold rows must be such as its kernel has.
-            alike = group.tables and {(optimizer_key(weights[t]), weights[t].dtype) for t in (group.tables[0][0], *tables)}
-            if tables and (not alike or len(alike) > 1):
-                return none
-        lookups = sum(map(len, cold))
-        return [self.module_sharding_plan.staging_rows * len(tables) // lookups for tables in cold]
-
-    def _new_staging(self, cold_lookups: list[nn.Module]) -> Staging | None:
-        if not any(self._staging_capacity) or not isinstance(self._hot, ReplicatedHotTier):
-            return None
-        homes = RowHomes.of(self._groups, local_tables(cold_lookups))
-        return None if homes is None else Staging(homes, list(self._hot.spare_rows()), self._staging_capacity, self._device)
-
-    def _new_cold_tier(self, module: Collection, configs: list[TableConfig], keys: list[str]) -> list[StockTier]:
-        """The cold tier as a list of one, or of none where no table has a cold row."""
-        if not configs:
-            return []
-        # TierSplit has brought the ids into bounds.
-        params = {**(self._fused_params or {}), "bounds_check_mode": BoundsCheckMode.NONE}
-        if self.module_sharding_plan.cold_on_host and self._device.type != HOST.type:
-            return [HostTier(self._new_homes(module, configs, host_env(self._env), HOST, params), configs, keys)]
-        stock = self._new_homes(module, configs, self._env, self._device, params)
-        local = self._env.world_size == 1 and self.prefix == "embedding_bags" and LocalTier.fits(stock)
-        return [(LocalTier if local else StockTier)(stock, configs, keys)]
-
-    def _new_left_tier(self, module: Collection, configs: list[TableConfig]) -> list[StockTier]:
-        """The tables left to stock sharding, as a list of one or of none."""
-        if not configs:
-            return []
-        stock = self._new_homes(module, configs, self._env, self._device, self._fused_params)
-        return [StockTier(stock, configs, [key for config in configs for key in config.feature_names])]
-
-    def _new_homes(
-        self, module: Collection, configs: list[TableConfig], env: ShardingEnv, device: torch.device, fused_params: dict[str, Any] | None
-    ) -> nn.Module:
-        plan = {config.name: self.module_sharding_plan[config.name] for config in configs}
-        return self._new_stock_module(tier_collection(module, configs), plan, env, device, fused_params)
 
     def _stock_tiers(self) -> list[StockTier]:
         return [*self._cold, *self._left]

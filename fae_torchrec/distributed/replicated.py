@@ -128,7 +128,7 @@ class ReplicatedHotTier:
             module for lookup in self.lookups for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
         )
         self.kernels = [next(kernels) if group.num_slots else None for group in groups]
-        # The row that stands for cold ids; the updates write to it too. `.data`: between another forward and its backward it is zero anyway.
+        # The row that stands for cold ids; updates write to it too. `.data`: between another forward and its backward it is zero anyway.
         self._zeros = [table.weights.data[0] for table in local_tables(self.lookups)]
         self._anchor = torch.empty(0, device=device, requires_grad=True)  # what makes autograd call a lookup's backward
 

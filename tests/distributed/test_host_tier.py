@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fae_torchrec.distributed import hot_cold_module
+from fae_torchrec.distributed import tier_builder
 from fae_torchrec.distributed.host_tier import HostTier, OnHost
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.distributed.local_tier import LocalTier
@@ -41,7 +41,7 @@ def _sequences(rank: int) -> dict[str, torch.Tensor]:
 
 def _see(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {"device": _trained(rank, pipelined=False), "sequences": _sequences(rank)}
-    with mock.patch.object(hot_cold_module, "StockTier", HostTier), mock.patch.object(LocalTier, "fits", return_value=False):
+    with mock.patch.object(tier_builder, "StockTier", HostTier), mock.patch.object(LocalTier, "fits", return_value=False):
         seen["host"] = _trained(rank, pipelined=False)
         seen["host, pipelined"] = _trained(rank, pipelined=True)
         seen["sequences, host"] = _sequences(rank)

@@ -64,6 +64,8 @@ STATE_BYTES = 4 * ROWS  # FBGEMM keeps the row-wise optimizer state of UVM table
         ("uvm", {}, STATE_BYTES),
         # Cached rows with their bookkeeping, and FBGEMM's map from row to table.
         ("uvm_caching", {"cold_cache_bytes": 4 << 20}, STATE_BYTES + 4 * ROWS + (4 << 20)),
+        # Two halves of rows beside the hot ones, and a number for each.
+        ("uvm", {"cold_cache_bytes": 4 << 20}, STATE_BYTES + (4 << 20) + 8 * (4 << 20) // (4 * DIM + 4)),
         ("host", {}, 0),
     ],
 )

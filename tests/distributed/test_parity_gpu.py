@@ -12,6 +12,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from fae_torchrec.distributed.split_ahead import SplitAhead
 from tests.distributed import sequence_model
 from tests.distributed.sequence_model import Setup
 from tests.distributed.small_model import Case, new_batch, optimizer_state, placement_of, shard, train, whole_tensors
@@ -26,6 +27,7 @@ COLD_TIERS: dict[str, dict[str, Any]] = {
     "uvm_caching": {"cold_tier": "uvm_caching"},
     "small cache": {"cold_tier": "uvm_caching", "cold_cache_bytes": CACHE_BYTES},
     "host": {"cold_tier": "host"},
+    "staged": {"cold_tier": "uvm", "cold_cache_bytes": 1 << 20},
     "hot table_wise": {"cold_tier": "uvm", "hot_tier": "table_wise"},
     "hot row_wise": {"cold_tier": "uvm_caching", "hot_tier": "row_wise"},
     "bitmap": {"cold_tier": "uvm", "compact_index_above_rows": 0},
@@ -60,7 +62,7 @@ def _batches(case: Case, *, promise: bool) -> list[Batch]:
     """Every third batch is hot, the first included."""
     hot = placement_of(case)
     plain = [new_batch(case, step, 0, hot_only=None if step % 3 else hot) for step in range(case.steps)]
-    return on_device(batch if step % 3 or not promise else promised(batch) for step, batch in enumerate(plain))
+    return [batch if step % 3 or not promise else promised(batch) for step, batch in enumerate(plain)]
 
 
 @cache
@@ -73,7 +75,9 @@ def _train(case: Case, tier: Mapping[str, Any] | None) -> Trained:
     model = shard(
         case, None if tier is None else placement_of(case), device=CUDA, fused_params={"stochastic_rounding": False}, **tier or {}
     )
-    losses = train(model, _batches(case, promise=tier is not None))
+    split: Any = SplitAhead(model) if tier is COLD_TIERS["staged"] else lambda batch, step: batch
+    batches = [split(batch, step) for step, batch in enumerate(_batches(case, promise=tier is not None))]
+    losses = train(model, on_device(batches))
     return Trained(losses, whole_tensors(model.state_dict()), optimizer_state(model))
 
 
@@ -96,7 +100,7 @@ def test_hot_cold_equals_stock(case: Case, tier: str) -> None:
     _compare(_train(case, COLD_TIERS[tier]), _stock(case), 1e-5)
 
 
-@pytest.mark.parametrize("tier", ["uvm", "small cache"])
+@pytest.mark.parametrize("tier", ["uvm", "small cache", "staged"])
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_half_precision_rows(case: Case, tier: str) -> None:
     ours, stock = _train(case, COLD_TIERS[tier]), _stock(case)
@@ -109,7 +113,7 @@ def test_another_learning_rate_would_be_seen() -> None:
     model = shard(case, placement_of(case), device=CUDA, cold_tier="uvm")
     for group in model.fused_optimizer.param_groups:
         group["lr"] *= 1.001
-    losses = train(model, _batches(case, promise=True))
+    losses = train(model, on_device(_batches(case, promise=True)))
     with pytest.raises(AssertionError, match="not close"):
         _compare(Trained(losses, whole_tensors(model.state_dict()), optimizer_state(model)), _stock(case), 1e-5)
 
@@ -137,6 +141,6 @@ def test_bf16_autocast_of_the_dense_part() -> None:
     for tier in (None, COLD_TIERS["uvm"]):
         model = shard(case, None if tier is None else placement_of(case), device=CUDA, **tier or {})
         with torch.autocast("cuda", torch.bfloat16):
-            losses = train(model, _batches(case, promise=tier is not None))
+            losses = train(model, on_device(_batches(case, promise=tier is not None)))
         runs.append(Trained(losses, whole_tensors(model.state_dict()), optimizer_state(model)))
     _compare(runs[1], runs[0], 2e-2)

@@ -87,9 +87,9 @@ def traced() -> Iterator[list[str]]:
             number_of[id(module_context)] = context.index
             contexts.append(module_context)
 
-    def look_ahead(self: Any, ctx: Any, *args: Any) -> None:
+    def look_ahead(self: Any, ctx: Any, *args: Any, **options: Any) -> None:
         events.append(f"rows{number_of[id(ctx)]}")
-        _look_ahead(self, ctx, *args)
+        _look_ahead(self, ctx, *args, **options)
 
     def look_up(self: Any, ctx: Any, inputs: Any) -> Any:
         events.append(f"forward{number_of.get(id(ctx), ' of no pipeline')}")
