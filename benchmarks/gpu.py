@@ -32,7 +32,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_scenarios import BASE, FAE_HOST, GIB, HBM, HOST, Comparison, Machine, comparisons, groups, matrix_text
+from gpu_scenarios import (
+    BASE,
+    FAE,
+    FAE_AHEAD,
+    FAE_HOST,
+    FAE_STORE,
+    FAE_STREAM,
+    GIB,
+    HBM,
+    HOST,
+    Comparison,
+    Machine,
+    comparisons,
+    groups,
+    matrix_text,
+)
 from record import record_header, write_record
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +99,8 @@ def _comparisons(args: argparse.Namespace) -> list[Comparison]:
     if args.quick:
         base = replace(base, dim=16, batch_size=256, budget=0.05)
     if args.device == "cpu":
-        return [Comparison(base, (HBM, HOST, FAE_HOST))]
+        ours = (replace(placement, cold="host") for placement in (FAE, FAE_AHEAD, FAE_STREAM, FAE_STORE))  # there is no UVM
+        return [Comparison(base, (HBM, HOST, FAE_HOST, *ours))]
     found = comparisons(cross=args.cross, base=base)[: 1 if args.quick else None]
     if args.placements:
         kept = (HBM.name, *args.placements)

@@ -7,14 +7,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from gpu_counts import cache_counts, device_ms, rows_touched
-from gpu_data import ZipfSamples, placement_of, profile_of
+from gpu_data import NUM_DENSE, ZipfSamples, placement_of, profile_of
 from gpu_scenarios import Comparison, Machine, Placement, Workload
 from gpu_trainee import ModelPool, Runner, Trainee, allocated
 from torchrec.datasets.utils import Batch
@@ -25,6 +25,7 @@ from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.data.batches import HotColdBatch
 from fae_torchrec.data.dataloader import HotColdDataLoader
+from fae_torchrec.data.sharded_source import ShardedSource
 from fae_torchrec.data.store_writer import write_store
 from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.modules.model_tables import model_tables
@@ -226,19 +227,28 @@ class Measurement:
         return own, lambda: live
 
 
-class _Source:
-    """Batches as a BatchSource, for a store."""
+class _Source(ShardedSource):
+    """Batches as a source, for a store: a batch is a shard."""
 
-    num_dense = 13
+    num_dense = NUM_DENSE
+    name = "drawn"
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = batches
         self.feature_names = tuple(batches[0].sparse_features.keys())
-        self.num_samples = sum(batch.labels.numel() for batch in batches)
 
-    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
-        """All of them, in the sizes they have."""
-        return iter(self._batches)
+    @property
+    def num_shards(self) -> int:
+        """Batches."""
+        return len(self._batches)
+
+    def read_shard(self, shard: int) -> Iterator[Batch]:
+        """One batch."""
+        yield self._batches[shard]
+
+    def size_hint(self) -> int:
+        """Their samples."""
+        return sum(batch.labels.numel() for batch in self._batches)
 
 
 def _kind(batch: Batch) -> str:

@@ -99,7 +99,7 @@ class Placement:
     @property
     def staged(self) -> bool:
         """Whether cold rows are copied beside the hot ones for their step."""
-        return self.kind == "fae" and self.cold == "uvm" and self.cache_share > 0
+        return self.kind == "fae" and self.cold != "uvm_caching" and self.cache_share > 0
 
     def model_key(self, workload: Workload) -> tuple[object, ...]:
         """What placements on workloads have in common that can be trained by one model."""
