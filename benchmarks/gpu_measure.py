@@ -222,7 +222,7 @@ class Measurement:
             folder = tempfile.mkdtemp()
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             source = write_store(f"{folder}/store", _Source(batches), rows)
-        live = loader(source, prefetch=2)
+        live = loader(source, prefetch=4)
         stack.callback(live.close)
         return own, lambda: live
 

@@ -88,6 +88,7 @@ class HostBags(nn.Module):
         sharder = EmbeddingBagCollectionSharder()
         # Kept out of the registry: nothing here goes to the GPU.
         self.__dict__["sharded"] = sharder.shard(bags, plan, ShardingEnv.from_process_group(group), torch.device("cpu"))
+        self.__dict__["sharded"].reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pools ids on the CPU."""
@@ -117,8 +118,10 @@ class Trainee:
         dlrm = build_dlrm(
             workload.rows, NUM_DENSE, workload.dim, dense_arch, OVER_ARCH, Optimizer.ROWWISE_ADAGRAD, 0.01, 0, torch.device("meta")
         )
+        arch: Any = dlrm.model.sparse_arch
+        for config in arch.embedding_bag_collection.embedding_bag_configs():
+            config.init_fn = _start  # no clock minds what the weights are, and drawing 20 GB on the host takes minutes
         if placement.kind == "host":
-            arch: Any = dlrm.model.sparse_arch
             self.bags: Any = HostBags(workload, arch.embedding_bag_collection, device)
             arch.embedding_bag_collection = self.bags
             self.model: Any = Staged(dlrm).to(device)
@@ -265,6 +268,11 @@ class ModelPool:
         return self._models[key][0]
 
 
+def _start(weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.fill_(0.01)
+
+
 def _passes(again: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
     while True:
         yield from again()
@@ -301,7 +309,8 @@ def _sharded(model: nn.Module, placement: Placement, workload: Workload, rows: R
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=workload.batch_size, constraints=constraints)
     sharders = get_fae_sharders()  # exactly stock's for a stock plan
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+    # One rank has nobody to exchange dense gradients with: DistributedDataParallel's hooks would only add to every placement's host time.
+    return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=False)
 
 
 def _constraint(placement: Placement, workload: Workload, rows: int) -> ParameterConstraints:

@@ -79,8 +79,8 @@ class HotColdDataLoader:
         prefetch: batches of each kind made ready ahead, by threads; 0 does everything in the caller's thread, when it asks.
         shuffle: whether each epoch of a store takes its batches in another order, drawn from `seed`.
         seed: of `shuffle`.
-        split_ahead: splits each batch's ids by tier, by the threads that make batches ready: a `SplitAhead` of the model, for training on a
-            GPU.
+        split_ahead: splits each batch's ids by tier: a `SplitAhead` of the model, for training on a GPU. With `prefetch`, threads call it,
+            several at a time.
 
     Attributes:
         schedule: the order of the kinds.

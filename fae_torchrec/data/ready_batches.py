@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.schedule import Kind
@@ -20,7 +23,7 @@ class ReadyBatches:
         taken: steps of each kind that were taken before.
         ahead: batches of each kind made ready; 0 makes each when it is taken, without a thread.
         pin_memory: whether they are copied to pinned memory.
-        split: what is done to each before, given the number of its step.
+        split: what is done to each before, given the number of its step; by threads of its own, several batches at a time.
     """
 
     def __init__(
@@ -36,10 +39,15 @@ class ReadyBatches:
         self._begun = dict(taken)
         self._ahead = ahead
         self._executor = ThreadPoolExecutor(window.threads, "fae-batch") if ahead else None
+        self._splitters: ThreadPoolExecutor | None = None
+        if ahead and split is not None:
+            threads = min(ahead * len(window.plans), os.cpu_count() or 1)
+            # One core each: teams of threads in every one of them would be in each other's way, and in the training's.
+            self._splitters = ThreadPoolExecutor(threads, "fae-split", initializer=torch.set_num_threads, initargs=(1,))
         self._closed = False
         self._pin_memory = pin_memory
         self._split = split
-        self._ready: dict[Kind, deque[Future[HotColdBatch]]] = {kind: deque() for kind in window.plans}
+        self._ready: dict[Kind, deque[Future[HotColdBatch | Future[HotColdBatch]]]] = {kind: deque() for kind in window.plans}
         for kind in window.plans:
             self._begin(kind)
 
@@ -54,17 +62,20 @@ class ReadyBatches:
                 "this pass over the loader has ended, by close() or because another one was begun; take batches of the newest pass only"
             )
         if self._executor is None:
-            self._begun[kind] = self._begun.get(kind, 0) + 1
-            return self._make(kind, self._begun[kind] - 1)
-        batch = self._ready[kind].popleft()
+            step = self._begun.get(kind, 0)
+            self._begun[kind] = step + 1
+            return self._finished(self._window.batch(kind, step), step)
+        begun = self._ready[kind].popleft()
         self._begin(kind)
-        return batch.result()
+        batch = begun.result()
+        return batch.result() if isinstance(batch, Future) else batch
 
     def close(self) -> None:
         """Ends the threads."""
         self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        for executor in (self._executor, self._splitters):  # the first gives work to the second
+            if executor is not None:
+                executor.shutdown(cancel_futures=True)
 
     def _begin(self, kind: Kind) -> None:
         if self._executor is None:
@@ -74,8 +85,11 @@ class ReadyBatches:
             self._begun[kind] = step + 1
             self._ready[kind].append(self._executor.submit(self._make, kind, step))
 
-    def _make(self, kind: Kind, step: int) -> HotColdBatch:
+    def _make(self, kind: Kind, step: int) -> HotColdBatch | Future[HotColdBatch]:
         batch = self._window.batch(kind, step)
+        return self._finished(batch, step) if self._splitters is None else self._splitters.submit(self._finished, batch, step)
+
+    def _finished(self, batch: HotColdBatch, step: int) -> HotColdBatch:
         if self._split is not None:
             batch = self._split(batch, step)
         return batch.pin_memory() if self._pin_memory else batch

@@ -78,6 +78,7 @@ class LocalTier(StockTier):
         self._counts = [len(of_kernel) for of_kernel in names]
         order = [self.keys.index(name) for of_kernel in names for name in of_kernel]
         self._permutation = [] if order == list(range(len(order))) else order
+        self._order = torch.tensor(order, dtype=torch.int32)
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -88,7 +89,9 @@ class LocalTier(StockTier):
     def input_dist(self, ctx: FAEContext, features: KeyedJaggedTensor) -> tuple[Multistreamable, list[Awaitable[Any]]]:
         """As StockTier's; nothing is exchanged."""
         if self._permutation:
-            features = features.permute(self._permutation)
+            if self._order.device != features.device():
+                self._order = self._order.to(features.device())  # kept: made anew, the host would wait for it at every step
+            features = features.permute(self._permutation, self._order)
         parts = [features] if len(self._counts) == 1 else features.split(self._counts)
         ids = LocalIds([(part.values().to(torch.int64), part.offsets().to(torch.int64), part.weights_or_none()) for part in parts])
         ctx.sharding_contexts.append(None)

@@ -21,7 +21,7 @@ class SplitAhead:
     On the device the split is some thirty small kernels and, for a batch with cold ids, a wait of the host for their number. Here it is a
     few milliseconds of another thread. The batch stays what it is: whoever does not know of the split uses the ids.
 
-    Takes 4 bytes of host memory a row, for an index.
+    Takes 4 bytes of host memory a row, for an index. Several threads may call it at a time.
 
     Args:
         model: sharded.

@@ -167,11 +167,12 @@ class BagSplit(TierSplit):
     def _order(self, samples: int, dtype: torch.dtype, device: torch.device) -> _BagOrder:
         """The order of a batch's bags, made once for a batch size."""
         key = samples, dtype, device
-        if key not in self._orders:
+        order = self._orders.get(key)
+        if order is None:  # several threads may be here
             if len(self._orders) > 8:  # odd last batches
                 self._orders.clear()
-            self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, dtype, device)
-        return self._orders[key]
+            order = self._orders[key] = _BagOrder([len(group.lookups) for group in self.groups], samples, dtype, device)
+        return order
 
     def _sizes(self, features: KeyedJaggedTensor) -> list[int]:
         """Ids before each group, and all: as many as `first_bags` of `_by_groups`. The host knows them, or asks the device."""

@@ -132,12 +132,15 @@ def test_the_loader_splits_each_batch_of_either_kind() -> None:
     model = shard(case, placement_of(case))
     hot = placement_of(case)
     stream = [new_batch(case, step, 0, hot_only=hot if step % 2 else None) for step in range(30)]
-    for prefetch in (0, 2):
+    order = []
+    for prefetch in (0, 2, 5):
         loader = HotColdDataLoader(stream, placement_of(case), batch_size=8, prefetch=prefetch, split_ahead=SplitAhead(model))
         batches = list(loader)
+        order.append([batch.sparse_features.values().tolist() for batch in batches])
         assert {batch.kind for batch in batches} == {"hot", "cold"}
         (key,) = {key for batch in batches for key in batch.sparse_features.ahead}
         for batch in batches:
             ids = batch.sparse_features.ahead[key].ids
             assert isinstance(batch.sparse_features, HotKeyedJaggedTensor) == (batch.kind == "hot") == (ids.cold is None)
             assert ids.misses.tolist() == [0]
+    assert order[0] == order[1] == order[2]
