@@ -300,7 +300,8 @@ def _sharded(model: nn.Module, placement: Placement, workload: Workload, rows: R
     topology = Topology(world_size=1, local_world_size=1, compute_device=device.type, **caps)
     if placement.kind == "fae":
         assert rows is not None
-        cache = round(placement.cache_share * workload.budget_bytes) or None
+        has_cache = placement.cold != "host" or placement.cache_share
+        cache = round(placement.cache_share * workload.budget_bytes) if has_cache else None
         planner: Any = FAEShardingPlanner(
             rows, topology=topology, batch_size=workload.batch_size, cold_tier=placement.cold, cold_cache_bytes=cache
         )

@@ -79,6 +79,10 @@ class PlacementConfig:
         pinned_max_rows: tables of at most so many rows are always hot.
         path: a saved placement, instead of selecting one.
         hot_tier: every rank holds every hot row, or the stock planner spreads them by table or (on CUDA) by row.
+        cold_tier: where the cold rows lie with `train.device: cuda`: in host memory that the GPU reads (uvm), behind a cache of the GPU
+            (uvm_caching), or looked up by the host; auto is uvm on one rank, uvm_caching on several. On a CPU there is host alone.
+        cold_cache: bytes of fast memory per rank for cold rows on their way: the cache of uvm_caching, or on one rank with uvm a staging
+            area (0: none). None: a fifth of all rows, or room for the cold rows of two batches.
         stock_tables: names of tables (`t_<feature>`) left to stock sharding: not profiled and not placed.
         check_replicas: compares the ranks' hot rows bit for bit every so many steps; 0 never.
     """
@@ -89,11 +93,21 @@ class PlacementConfig:
     pinned_max_rows: int = within(1024, 0)
     path: str | None = None
     hot_tier: Literal["replicated", "table_wise", "row_wise"] = "replicated"
+    cold_tier: Literal["auto", "host", "uvm", "uvm_caching"] = "auto"
+    cold_cache: int | str | None = None
     stock_tables: tuple[str, ...] = ()
     check_replicas: int = within(0, 0)
 
     def __post_init__(self) -> None:
         self.budget_bytes(1)  # an unreadable budget fails here, before any work
+        _ = self.cold_cache_bytes
+
+    @property
+    def cold_cache_bytes(self) -> int | None:
+        """`cold_cache` in bytes."""
+        if self.cold_cache is None or str(self.cold_cache).strip() == "0":
+            return None if self.cold_cache is None else 0
+        return parse_bytes(self.cold_cache, "placement.cold_cache")
 
     def budget_bytes(self, total_bytes: int) -> int:
         """The budget in bytes.

@@ -29,6 +29,7 @@ from fae_torchrec.data.stream_windows import Agree
 from fae_torchrec.distributed.local_ranks import from_first_rank
 from fae_torchrec.distributed.process_group import gather_counts
 from fae_torchrec.distributed.sharder import get_fae_sharders
+from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.experiment_data import ExperimentData, open_data
 from fae_torchrec.experiment_profile import make_profile, output_folder
 from fae_torchrec.experiment_store import open_store
@@ -138,8 +139,7 @@ def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, 
             raise DataError(f"the {split} data hold {source.num_samples} sample(s), {ranks} ranks need at least one each; take fewer ranks")
     if any(name != "stock" for name in names):
         topology = Topology(world_size=ranks, local_world_size=local_ranks, compute_device=device)
-        options = config.placement
-        planner = fae_planner(placement, topology, config.train.batch_size, options.hot_tier, options.stock_tables)
+        planner = fae_planner(placement, topology, config.train.batch_size, **_tiers(config))
         planner.plan(_model(config, data, torch.device("meta")), get_fae_sharders())
     tables = experiment_tables(config, data)
     for batch in data.test.batches(_PROFILE_BATCH):
@@ -208,8 +208,7 @@ def run_placement(
         config.train.batch_size,
         device,
         group,
-        hot_tier=config.placement.hot_tier,
-        stock_tables=config.placement.stock_tables,
+        **_tiers(config),
     )
     optimizer = build_optimizer(model, config.train.dense_learning_rate)
     resumed = from_first_rank(lambda: _newest_checkpoint(config), group)
@@ -219,6 +218,8 @@ def run_placement(
         more["loaded"] = {"path": load, **_scores(config, data, model, device, group)}
     with _agreement(group) as agree:
         loader = _train_loader(config, name, data, placement, group, agree)
+        if device.type == "cuda" and hot_rows is not None:
+            loader.split_ahead = SplitAhead(model)
         run = _identity(config, name, data, hot_rows)
         trainer = Trainer(model, optimizer, loader, data.test, _train_options(config), device, group, show_progress=show_progress, run=run)
         result = trainer.run()
@@ -239,6 +240,17 @@ def run_placement(
         kinds = audit(model, optimizer, audited, tables, hot_rows, device, group)
     fast_memory = planned_fast_memory(model.plan, tables, device.type, group.size())
     return {**run_entry(name, group.size(), fast_memory, result, kinds), **more}
+
+
+def _tiers(config: RunConfig) -> dict[str, Any]:
+    """Where the tiers lie, as the planner takes it."""
+    options = config.placement
+    return {
+        "hot_tier": options.hot_tier,
+        "cold_tier": options.cold_tier,
+        "cold_cache_bytes": options.cold_cache_bytes,
+        "stock_tables": options.stock_tables,
+    }
 
 
 @contextmanager

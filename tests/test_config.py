@@ -61,6 +61,12 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     assert config.output == "runs/fae"
 
 
+def test_the_cache_of_cold_rows(tmp_path: Path) -> None:
+    for text, expected in (("null", None), ("0", 0), ("'0'", 0), ("64MiB", 64 << 20), ("1000", 1000)):
+        config = load_config(write(tmp_path, SYNTHETIC + f"placement: {{cold_cache: {text}}}\n"))
+        assert config.placement.cold_cache_bytes == expected
+
+
 def test_json_says_the_same(tmp_path: Path) -> None:
     values = {"data": {"synthetic": {"dataset": "kaggle", "scale": 0.5}}}
     assert load_config(write(tmp_path, json.dumps(values, indent="\t"), "run.json")) == load_config(write(tmp_path, SYNTHETIC))
@@ -120,6 +126,8 @@ def test_json_says_the_same(tmp_path: Path) -> None:
             SYNTHETIC + "placement: {hot_tier: column_wise}\n",
             ["placement.hot_tier", "'column_wise'", "'replicated', 'table_wise', 'row_wise'"],
         ),
+        (SYNTHETIC + "placement: {cold_tier: ssd}\n", ["placement.cold_tier", "'ssd'", "'auto', 'host', 'uvm', 'uvm_caching'"]),
+        (SYNTHETIC + "placement: {cold_cache: 5%}\n", ["placement.cold_cache", "'5%'", "MiB", "64MiB"]),
         (SYNTHETIC + "placement: {stock_tables: t_u}\n", ["placement.stock_tables", "a list, such as [t_u]"]),
         (SYNTHETIC + "placement: {check_replicas: -1}\n", ["placement.check_replicas", "-1", "at least 0"]),
         (SYNTHETIC + "model: {embedding_dim: 32}\n", ["model.dense_arch", "[512, 256, 64, 16]", "model.embedding_dim (32)"]),

@@ -43,7 +43,6 @@ COLD_TIERS: Mapping[tuple[str, str], TierOptions] = {
     ("uvm_caching", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,)),
 }
 _CACHE_SLOT_BYTES = 20  # FBGEMM 1.6 to 1.8: the cached row's index and its time (int64 each), and its lock (int32)
-DEFAULT_COLD_TIER: Mapping[str, str] = {"cpu": "host", "cuda": "uvm_caching"}
 # Replicated rows are on every rank; what stands there is for the homes of all-hot tables. TorchRec shards no pooled table by row on a CPU.
 HOT_TIERS: Mapping[tuple[str, str], TierOptions] = {
     ("replicated", "cpu"): TierOptions(_BY_TABLE, _FUSED),
@@ -54,17 +53,20 @@ HOT_TIERS: Mapping[tuple[str, str], TierOptions] = {
 }
 
 
-def cold_options(cold_tier: str, device_type: str) -> TierOptions:
+def cold_options(cold_tier: str, device_type: str, world_size: int) -> TierOptions:
     """What a cold tier may be on a device.
 
     Args:
-        cold_tier: "host", "uvm", "uvm_caching", or "auto" for the device's default.
+        cold_tier: "host", "uvm", "uvm_caching", or "auto": on a CPU the host, on one CUDA device UVM (whose cold rows are staged, which
+            measured faster than a cache: docs/gpu.md), on several UVM caching.
         device_type: "cpu" or "cuda".
+        world_size: ranks.
 
     Raises:
         PlannerError: the tier does not exist on the device.
     """
-    tier = DEFAULT_COLD_TIER.get(device_type, "") if cold_tier == "auto" else cold_tier
+    default = {"cpu": "host", "cuda": "uvm" if world_size == 1 else "uvm_caching"}
+    tier = default.get(device_type, "") if cold_tier == "auto" else cold_tier
     if (tier, device_type) not in COLD_TIERS:
         raise _no_such_tier("cold", cold_tier, device_type, COLD_TIERS, " or 'auto'")
     return COLD_TIERS[tier, device_type]
@@ -99,12 +101,13 @@ def cold_cache(placement: RowPlacement, options: TierOptions, cache_bytes: int |
         What tables get whose constraints say nothing; None where nothing is cached.
 
     Raises:
-        PlannerError: bytes are given that are not above 0, or of which this cold tier can make no use.
+        PlannerError: bytes are given that are out of range, or of which this cold tier can make no use.
     """
-    if cache_bytes is not None and cache_bytes <= 0:
-        raise input_error(f"cold_cache_bytes must be above 0, received {cache_bytes}; leave it out for the cold tier's default")
+    if cache_bytes is not None and cache_bytes < (0 if options.staged else 1):
+        least = "at least 0 (0: nothing is staged)" if options.staged else "above 0"
+        raise input_error(f"cold_cache_bytes must be {least}, received {cache_bytes}; leave it out for the cold tier's default")
     if options.kernels != (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,):
-        if cache_bytes is not None and not (options.staged and world_size == 1):
+        if cache_bytes and not (options.staged and world_size == 1):
             raise input_error(
                 f"cold_cache_bytes={cache_bytes}: this cold tier brings no rows to fast memory on {world_size} ranks; use "
                 "cold_tier='uvm_caching' (or, with one rank on CUDA, 'uvm'), or give none"

@@ -33,6 +33,7 @@ from fae_torchrec.distributed.refusals import (
     fused_optimizer,
 )
 from fae_torchrec.distributed.sharder import FAEEmbeddingBagCollectionSharder, FAEEmbeddingCollectionSharder, get_fae_sharders
+from fae_torchrec.distributed.staging_room import staging_bytes
 from fae_torchrec.modules.model_tables import COLLECTIONS, sharded_modules, table_configs, table_specs
 from fae_torchrec.modules.slot_index import COMPACT_ABOVE_ROWS
 
@@ -61,15 +62,16 @@ class FAEShardingPlanner(ShardingPlanner):
         topology: as for EmbeddingShardingPlanner. Default: this process group on CUDA if there is any, else CPU.
         batch_size: per rank.
         constraints: as for EmbeddingShardingPlanner, by table.
-        cold_tier: "host" (looked up on the CPU), "uvm", "uvm_caching" or "auto" (CPU: host; CUDA: uvm_caching).
+        cold_tier: "host" (looked up on the CPU), "uvm", "uvm_caching" or "auto" (CPU: host; one CUDA rank: uvm; several: uvm_caching).
         hot_tier: "replicated" (every rank holds every hot row), "table_wise" or, on CUDA, "row_wise" (the stock planner spreads the hot
             rows over the ranks, for hot sets larger than one device).
         stock_tables: names of tables left to stock sharding; the placement does not know them.
         compact_index_above_rows: rows of a collection above which its index from id to slot is a bitmap (1.5 bits a row) instead of a plain
             array (4 bytes a row, faster).
         cold_cache_bytes: fast memory per rank for cold rows on their way: the cache of `uvm_caching` (None: TorchRec's default, a fifth
-            of all rows; tables whose constraints have `cache_params` keep these), or, on a single rank with "uvm" (on the CPU "host"), a
-            staging area for batches that a loader has split ahead (`Staging`; None: none). Make it hold the cold rows of two batches.
+            of all rows; tables whose constraints have `cache_params` keep these), or, on a single rank with "uvm", a staging area for
+            batches that a loader has split ahead (`Staging`; None: room for the cold rows of two batches, see `staging_bytes`; 0: none).
+            With "host" on a CPU it is for tests (None: none).
         **stock: further arguments of EmbeddingShardingPlanner (`storage_reservation`, `proposer`, `partitioner`, `stats`, ...).
 
     Raises:
@@ -95,11 +97,14 @@ class FAEShardingPlanner(ShardingPlanner):
         self._stock_tables = tuple(stock_tables)
         self._compact_above = compact_index_above_rows
         self._stock = {"batch_size": batch_size, **stock}
-        self._cold_options = cold_options(cold_tier, self._topology.compute_device)
+        self._cold_options = cold_options(cold_tier, self._topology.compute_device, self._topology.world_size)
         self._hot_options = hot_options(hot_tier, self._topology.compute_device)
         check_constraints(placement, constraints or {})
         cache = cold_cache(placement, self._cold_options, cold_cache_bytes, self._topology.world_size)
-        self._staging_bytes = (cold_cache_bytes or 0) if self._cold_options.staged and hot_tier == "replicated" else 0
+        self._staging_bytes = 0
+        if self._cold_options.staged and hot_tier == "replicated" and self._topology.world_size == 1:
+            staged = self._topology.compute_device == "cuda" and cold_cache_bytes is None
+            self._staging_bytes = staging_bytes(placement, batch_size, constraints) if staged else cold_cache_bytes or 0
         # On a single rank all sharding types hold the same rows, and table-wise has the least to do (`LocalTier`).
         types = self._cold_options.sharding_types[: 1 if self._topology.world_size == 1 else None]
         self._cold_constraints = cold_constraints(placement, self._cold_options, constraints, cache, types)
@@ -262,6 +267,12 @@ class FAEShardingPlanner(ShardingPlanner):
                 check_collection(path, part, self._stock_tables)
             default = fused_optimizer(part, ours[type(part)], self._stock_tables)
             placed = tuple(table_specs(part, default, self._stock_tables))
+            if self._cold_beside_device and placed and not hot_cold:
+                raise input_error(
+                    f"module {path!r}: the placement has no hot row of its tables {[table.name for table in placed]}, and with "
+                    "cold_tier='host' TorchRec would have to look the whole module up on the host; choose cold_tier='uvm', give the "
+                    "placement a hot row of them (a larger budget), or leave them to stock sharding (stock_tables)"
+                )
             collections.append(_Collection(path, names, placed, hot_cold))
         tables = TableSet(tuple(chain.from_iterable(collection.placed for collection in collections)))
         self._check_tables(tables)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchrec.datasets.utils import Batch
 
 from fae_torchrec.core.placement import RowPlacement
@@ -15,6 +16,7 @@ from fae_torchrec.data.batches import HotColdBatch
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.stream_windows import Agree
 from fae_torchrec.distributed.process_group import gather_counts
+from fae_torchrec.distributed.split_ahead import SplitAhead
 
 
 class Rebundling:
@@ -27,6 +29,7 @@ class Rebundling:
         agree: as HotColdDataLoader; None makes a gloo group of all ranks for it, if there are several: then a collective.
         device: batches for CUDA are pinned unless the options say otherwise.
         options: further arguments of HotColdDataLoader. `rank` and `world_size` are those of the default process group.
+        model: sharded; batches for CUDA are split ahead for it, unless the options say otherwise.
     """
 
     def __init__(
@@ -37,12 +40,14 @@ class Rebundling:
         agree: Agree | None,
         device: torch.device,
         options: Mapping[str, Any],
+        model: nn.Module,
     ) -> None:
         ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if dist.is_initialized() else {}
         self._arguments = {
             "batch_size": batch_size,
             "schedule": schedule or ShuffleSchedule(),
             "pin_memory": device.type == "cuda",
+            "split_ahead": SplitAhead(model) if device.type == "cuda" and "split_ahead" not in options else None,
             **ranks,
             **options,
         }

@@ -78,7 +78,8 @@ def planned_fast_memory(plan: ShardingPlan, tables: TableSet, device_type: str, 
         ranks: of the plan.
 
     Returns:
-        By purpose: "hot rows" (weights and optimizer state), "index" (from id to slot), "stock tables" (whole in device memory).
+        By purpose: "hot rows" (weights and optimizer state), "index" (from id to slot), "stock tables" (whole in device memory), and
+        "staging" (for cold rows at their batch's turn) where there is such an area.
     """
     return max((_of_rank(plan, tables, device_type, rank) for rank in range(ranks)), key=lambda parts: sum(parts.values()))
 
@@ -94,6 +95,9 @@ def _of_rank(plan: ShardingPlan, tables: TableSet, device_type: str, rank: int) 
                 collection.placement, [[tables[name] for name in placed]], collection.hot, rank, device_type=device_type
             )
             parts.update({purpose: parts[purpose] + count for purpose, count in of_hot_tier.items()})
+            if collection.staging_rows:
+                row_bytes = max(tables[name].row_bytes for name in placed)
+                parts["staging"] = parts.get("staging", 0) + 2 * collection.staging_rows * row_bytes
         if device_type == "cuda":
             parts["stock tables"] += sum(
                 shard_rows(sharding, rank) * tables[name].row_bytes

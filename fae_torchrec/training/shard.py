@@ -27,16 +27,30 @@ _SAME_ARITHMETIC = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, 
 
 
 def fae_planner(
-    placement: RowPlacement, topology: Topology, batch_size: int, hot_tier: str = "replicated", stock_tables: Iterable[str] = ()
+    placement: RowPlacement,
+    topology: Topology,
+    batch_size: int,
+    *,
+    hot_tier: str = "replicated",
+    cold_tier: str = "auto",
+    cold_cache_bytes: int | None = None,
+    stock_tables: Iterable[str] = (),
 ) -> FAEShardingPlanner:
     """The planner of a hot/cold run; tables left to stock may be sharded as the stock baseline's are. Arguments as `shard_model`.
 
     Raises:
-        PlannerError: there is no such hot tier on the device, or a table is both placed and left to stock.
+        PlannerError: there is no such tier on the device, or a table is both placed and left to stock.
     """
     left = tuple(stock_tables)
     return FAEShardingPlanner(
-        placement, topology=topology, batch_size=batch_size, constraints=_stock_constraints(left), hot_tier=hot_tier, stock_tables=left
+        placement,
+        topology=topology,
+        batch_size=batch_size,
+        constraints=_stock_constraints(left),
+        cold_tier=cold_tier,
+        hot_tier=hot_tier,
+        stock_tables=left,
+        cold_cache_bytes=cold_cache_bytes,
     )
 
 
@@ -48,6 +62,8 @@ def shard_model(
     group: dist.ProcessGroup,
     *,
     hot_tier: str = "replicated",
+    cold_tier: str = "auto",
+    cold_cache_bytes: int | None = None,
     stock_tables: Iterable[str] = (),
 ) -> DistributedModelParallel:
     """Shards a model and gives it the unsharded model's weights, so that every placement starts from the same.
@@ -59,8 +75,10 @@ def shard_model(
         batch_size: per rank.
         device: where to train.
         group: the ranks.
-        hot_tier: "replicated", "table_wise" or "row_wise"; of no matter without a placement.
-        stock_tables: tables that the placement does not know, left to stock sharding; of no matter without a placement.
+        hot_tier: as FAEShardingPlanner; of no matter without a placement, and so are those below.
+        cold_tier: as FAEShardingPlanner.
+        cold_cache_bytes: as FAEShardingPlanner.
+        stock_tables: tables that the placement does not know, left to stock sharding.
     """
     # Names, not the module: the unsharded tables are freed with the returned dict's last reader.
     weights = dict(model.state_dict())
@@ -72,8 +90,18 @@ def shard_model(
         plan = planner.collective_plan(model, sharders, group)
     else:
         sharders = get_fae_sharders()
-        plan = fae_planner(placement, topology, batch_size, hot_tier, stock_tables).collective_plan(model, sharders, group)
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+        ours = fae_planner(
+            placement,
+            topology,
+            batch_size,
+            hot_tier=hot_tier,
+            cold_tier=cold_tier,
+            cold_cache_bytes=cold_cache_bytes,
+            stock_tables=stock_tables,
+        )
+        plan = ours.collective_plan(model, sharders, group)
+    # One rank has nobody to exchange dense gradients with: DistributedDataParallel would only cost it a tenth of its step on the host.
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=group.size() > 1)
     sharded.load_state_dict(weights)
     return sharded
 

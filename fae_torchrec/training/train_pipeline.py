@@ -103,7 +103,7 @@ class FAETrainPipeline(TrainPipelineSparseDist[In, Out]):
         self._model_fwd = self._forward
         self._rebundling: Rebundling | None = None
         if placement is not None and batch_size is not None:
-            self._rebundling = Rebundling(placement, batch_size, schedule, agree, self._device, loader_options or {})
+            self._rebundling = Rebundling(placement, batch_size, schedule, agree, self._device, loader_options or {}, self._model)
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:

@@ -18,7 +18,7 @@ pytestmark = requires_gpu
 CASE = Case("rowwise_adagrad")
 FORMS: dict[str, dict[str, Any] | None] = {
     "stock": None,
-    "uvm": {"cold_tier": "uvm"},
+    "uvm": {"cold_tier": "uvm"},  # with a staging area
     "uvm_caching": {"cold_tier": "uvm_caching", "cold_cache_bytes": 2048},
     "host": {"cold_tier": "host"},
 }

@@ -7,7 +7,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import PlannerError
 
-from fae_torchrec.distributed.constraints import COLD_TIERS, DEFAULT_COLD_TIER, HOT_TIERS, cold_options, hot_options
+from fae_torchrec.distributed.constraints import COLD_TIERS, HOT_TIERS, cold_options, hot_options
 
 
 def test_tiers_offer_what_stock_has() -> None:
@@ -20,18 +20,18 @@ def test_tiers_offer_what_stock_has() -> None:
 
 
 def test_auto() -> None:
-    for device, tier in DEFAULT_COLD_TIER.items():
-        assert cold_options("auto", device) is COLD_TIERS[tier, device]
+    for device, ranks, tier in (("cpu", 1, "host"), ("cpu", 2, "host"), ("cuda", 1, "uvm"), ("cuda", 8, "uvm_caching")):
+        assert cold_options("auto", device, ranks) is COLD_TIERS[tier, device]
 
 
 def test_unknown_tiers() -> None:
     for tier in ("ssd", "uvm"):
         message = rf"no cold tier '{tier}' on device 'cpu'; choose one of \['host on cpu', 'host on cuda', 'uvm on cuda', .*or 'auto'"
         with pytest.raises(PlannerError, match=message):
-            cold_options(tier, "cpu")
+            cold_options(tier, "cpu", 1)
     for tier in ("data_parallel", "row_wise"):
         message = rf"no hot tier '{tier}' on device 'cpu'; choose one of \['replicated on cpu', .*'row_wise on cuda'\]"
         with pytest.raises(PlannerError, match=message):
             hot_options(tier, "cpu")
     with pytest.raises(PlannerError, match="no cold tier 'auto' on device 'mtia'"):
-        cold_options("auto", "mtia")
+        cold_options("auto", "mtia", 1)

@@ -61,7 +61,7 @@ STATE_BYTES = 4 * ROWS  # FBGEMM keeps the row-wise optimizer state of UVM table
 @pytest.mark.parametrize(
     ("cold_tier", "options", "beside"),
     [
-        ("uvm", {}, STATE_BYTES),
+        ("uvm", {"cold_cache_bytes": 0}, STATE_BYTES),
         # Cached rows with their bookkeeping, and FBGEMM's map from row to table.
         ("uvm_caching", {"cold_cache_bytes": 4 << 20}, STATE_BYTES + 4 * ROWS + (4 << 20)),
         # Two halves of rows beside the hot ones, and a number for each.

@@ -23,7 +23,7 @@ pytestmark = [requires_gpu, pytest.mark.usefixtures("one_rank")]
 
 CACHE_BYTES = 1024  # some ten rows: evictions at every step, and conflicts that leave rows uncached
 COLD_TIERS: dict[str, dict[str, Any]] = {
-    "uvm": {"cold_tier": "uvm"},
+    "uvm": {"cold_tier": "uvm", "cold_cache_bytes": 0},
     "uvm_caching": {"cold_tier": "uvm_caching"},
     "small cache": {"cold_tier": "uvm_caching", "cold_cache_bytes": CACHE_BYTES},
     "host": {"cold_tier": "host"},

@@ -70,6 +70,38 @@ def test_without_a_hot_row_the_plan_is_the_stock_one_under_the_constraints_of_th
     assert not any(isinstance(plan, FAEModuleShardingPlan) for plan in ours.plan.values())
 
 
+def test_without_a_hot_row_there_is_nothing_on_the_host_beside_a_gpu() -> None:
+    model, gpus = new_model(CASE), Topology(world_size=2, local_world_size=2, compute_device="cuda")
+    placement = with_hot(model_tables(model), 0.0)
+    with pytest.raises(PlannerError, match=r"module 'ebc': the placement has no hot row of its tables .*choose cold_tier='uvm'"):
+        FAEShardingPlanner(placement, gpus, 16, cold_tier="host").plan(model, get_fae_sharders())
+    FAEShardingPlanner(placement, gpus, 16, cold_tier="uvm").plan(model, get_fae_sharders())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "kernel", "staged"),
+    [
+        (1, {}, "fused_uvm", True),
+        (1, {"cold_cache_bytes": 0}, "fused_uvm", False),
+        (1, {"hot_tier": "table_wise"}, "fused_uvm", False),
+        (1, {"cold_tier": "uvm_caching"}, "fused_uvm_caching", False),
+        (2, {}, "fused_uvm_caching", False),
+        (2, {"cold_tier": "uvm"}, "fused_uvm", False),
+    ],
+)
+def test_the_cold_tier_on_gpus(ranks: int, options: dict[str, Any], kernel: str, staged: bool) -> None:
+    """One GPU stages rows of UVM; several have a cache, prefetched into."""
+    gpus = Topology(world_size=ranks, local_world_size=ranks, compute_device="cuda")
+    model = new_model(CASE)
+    plan = FAEShardingPlanner(placement_of(CASE), gpus, 16, **options).plan(model, get_fae_sharders()).plan["ebc"]
+    assert isinstance(plan, FAEModuleShardingPlan)
+    cold = [plan[name] for name in ("big", "wide", "frozen", "other")]
+    assert {sharding.compute_kernel for sharding in cold} == {kernel}
+    prefetched = [sharding.cache_params is not None and bool(sharding.cache_params.prefetch_pipeline) for sharding in cold]
+    assert prefetched == [kernel == "fused_uvm_caching"] * 4
+    assert (plan.staging_rows > 0) == staged
+
+
 def test_other_tables() -> None:
     placement = placement_of(CASE)
     model = nn.Module()

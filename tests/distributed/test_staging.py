@@ -196,8 +196,10 @@ def test_what_is_not_alike_is_not_staged() -> None:
         from fae_torchrec.distributed.planner import FAEShardingPlanner
 
         FAEShardingPlanner(placement_of(CASE), Topology(2, "cpu"), 16, cold_cache_bytes=5)
-    with pytest.raises(PlannerError, match="cold_cache_bytes must be above 0, received 0"):
-        shard(CASE, placement_of(CASE), cold_cache_bytes=0)
+    with pytest.raises(PlannerError, match=r"cold_cache_bytes must be at least 0 .*received -1"):
+        shard(CASE, placement_of(CASE), cold_cache_bytes=-1)
+    for none in (None, 0):  # on a CPU the homes are as near
+        assert shard(CASE, placement_of(CASE), cold_cache_bytes=none).module.ebc._staging is None
     sharded = shard(CASE, placement_of(CASE), hot_tier="table_wise", cold_cache_bytes=ROOM)
     assert sharded.module.ebc._staging is None
     # FBGEMM lays row-wise state out by row and weights by column: with two dims a row is at two places.

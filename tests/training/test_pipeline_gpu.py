@@ -22,7 +22,7 @@ CASE = Case("rowwise_adagrad", multi_hot=False, mixed_dims=False)
 SEQUENCE = "HHHCCHCMHHHHCCCHMMH"
 # A cache that holds two batches of 16 samples, and one that holds a tenth of one: rows are evicted at every step, and some find no place.
 TIERS: dict[str, dict[str, Any]] = {
-    "uvm": {"cold_tier": "uvm"},
+    "uvm": {"cold_tier": "uvm", "cold_cache_bytes": 0},
     "uvm_caching": {"cold_tier": "uvm_caching"},
     "small cache": {"cold_tier": "uvm_caching", "cold_cache_bytes": 512},
     "host": {"cold_tier": "host"},
@@ -109,7 +109,7 @@ def test_detached_evaluated_saved_and_loaded_with_batches_in_flight(tier: str, l
     split: Any = SplitAhead(model) if "staged" in tier else lambda batch, step: batch
     fed = [split(batch, step).pin_memory() for step, batch in enumerate(batches)]
     run_pipeline(model, fed, lambda step, pipeline: disturbed(pipeline.detach(), step, ours), device=CUDA, lookahead=lookahead)
-    model = shard(CASE, placement_of(CASE), device=CUDA, cold_tier="uvm")
+    model = shard(CASE, placement_of(CASE), device=CUDA, **TIERS["uvm"])
     for step, batch in enumerate(on_device(batches), start=1):
         train(model, [batch])
         disturbed(model, step, plain)

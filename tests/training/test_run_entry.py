@@ -62,11 +62,11 @@ def test_audit_is_weighted_as_the_run() -> None:
     assert (stock["hot_inputs"], stock["hot_batches"]) == (None, None)
 
 
-def plan(device: str, hot_tier: str = "replicated", left: tuple[str, ...] = ()) -> ShardingPlan:
+def plan(device: str, hot_tier: str = "replicated", left: tuple[str, ...] = (), ranks: int = 2, **options: Any) -> ShardingPlan:
     model = new_model()
     placement = new_placement(model_tables(model, leave=left))
-    topology = Topology(world_size=2, local_world_size=2, compute_device=device)
-    return fae_planner(placement, topology, 16, hot_tier, left).plan(model, get_fae_sharders())
+    topology = Topology(world_size=ranks, local_world_size=ranks, compute_device=device)
+    return fae_planner(placement, topology, 16, hot_tier=hot_tier, stock_tables=left, **options).plan(model, get_fae_sharders())
 
 
 INDEX = 4 * sum(ROWS.values())  # the plain map: four bytes a row
@@ -79,6 +79,14 @@ def test_fast_memory_of_replicated_rows(device: str) -> None:
     assert planned_fast_memory(plan(device), model_tables(new_model()), device, 2) == {
         "hot rows": HOT_ROWS * 16, "index": INDEX, "stock tables": 0,
     }  # fmt: skip
+
+
+def test_fast_memory_of_a_staging_area() -> None:
+    """On one GPU there is one: two halves of whole rows."""
+    given = planned_fast_memory(plan("cuda", ranks=1, cold_cache_bytes=1000), model_tables(new_model()), "cuda", 1)
+    assert given["staging"] == 2 * (1000 // 32) * 16
+    assert planned_fast_memory(plan("cuda", ranks=1), model_tables(new_model()), "cuda", 1)["staging"] > 0
+    assert "staging" not in planned_fast_memory(plan("cuda", ranks=1, cold_cache_bytes=0), model_tables(new_model()), "cuda", 1)
 
 
 def test_fast_memory_of_the_fullest_rank() -> None:
