@@ -58,14 +58,12 @@ _RUN = ("created", "command", "hardware")  # a comparison keeps those of its own
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Prints the matrix, or measures it and returns what was written as JSON."""
     args = _arguments(argv)
-    found = [
-        comparison for comparison in _comparisons(args) if not args.only or any(text in comparison.workload.name for text in args.only)
-    ]
+    found = [comparison for comparison in _comparisons(args) if not args.only or any(text in comparison.name for text in args.only)]
     machine = _machine(args)
     if args.dry_run:
         print(matrix_text(found, machine))
         return None
-    cut = {comparison.workload.name: groups(comparison, machine) for comparison in found}
+    cut = {comparison.name: groups(comparison, machine) for comparison in found}
     return _measured(args, argv, found, cut, machine)
 
 
@@ -155,10 +153,10 @@ def _measured(
     record["versions"]["fbgemm_gpu"] = fbgemm_version
     if args.resume:
         record["comparisons"] = _kept(args.json, record)
-    have = {entry["workload"]["name"] for entry in record["comparisons"]}
+    have = {entry["name"] for entry in record["comparisons"]}
     try:
         for comparison in found:
-            name = comparison.workload.name
+            name = comparison.name
             if name in have:
                 continue
             if time.monotonic() > options.deadline:
@@ -171,7 +169,7 @@ def _measured(
             write_record(args.json, record)  # after each: a run that is cut off keeps what it has
     finally:
         dist.destroy_process_group()
-    print(json.dumps({entry["workload"]["name"]: _medians(entry) for entry in record["comparisons"]}, indent=1))
+    print(json.dumps({entry["name"]: _medians(entry) for entry in record["comparisons"]}, indent=1))
     print(f"written: {args.json}")
     return record
 

@@ -23,7 +23,7 @@ from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.core.tables import Optimizer
-from fae_torchrec.data.batches import HotColdBatch
+from fae_torchrec.data.batches import AheadKeyedJaggedTensor, HotColdBatch
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.sharded_source import ShardedSource
 from fae_torchrec.data.store_writer import write_store
@@ -83,7 +83,8 @@ class Measurement:
             JSON values: the workload, and for every placement samples/s of the blocks, times of the embedding stage, bytes and counts.
         """
         workload = comparison.workload
-        result: dict[str, Any] = {"workload": {**asdict(workload), "name": workload.name, "num_rows": workload.num_rows}, "placements": {}}
+        described = {**asdict(workload), "name": workload.name, "num_rows": workload.num_rows, "row_bytes": workload.row_bytes}
+        result: dict[str, Any] = {"name": comparison.name, "workload": described, "placements": {}}
         batches = self._batches(workload)
         result["rows_touched"] = rows_touched(batches[:_COUNTED], None)
         for number, group in enumerate(cut):
@@ -268,11 +269,15 @@ def _described(
     if rows is None:
         return entry
     kinds = [_kind(batch) for batch in own]
+    ahead = [
+        ids for batch in own if isinstance(batch.sparse_features, AheadKeyedJaggedTensor) for ids in batch.sparse_features.ahead.values()
+    ]
     return entry | {
         "hot_inputs": rows.hot_inputs,
         "coverage": rows.coverage,
         "hot_rows": sum(rows.hot_rows(name) for name in rows.tables.names),
         "hot_bytes": rows.hot_bytes,
         "hot_batches": kinds.count("hot") / len(kinds),
+        "staged_batches": sum(ids.staged is not None for ids in ahead) / len(kinds),
         "cold_rows": rows_touched([batch for batch in own if _kind(batch) == "cold"][:_COUNTED], rows),
     }

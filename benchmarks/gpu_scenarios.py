@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -232,7 +232,7 @@ def _mass(rows: float, exponent: float) -> float:
 
 
 BASE = Workload()
-BUDGETS = (0.1, 0.05, 0.005, 0.02, 0.01)
+BUDGETS = (0.1, 0.005, 0.05, 0.02, 0.01)
 EXPONENTS = (0.8, 1.05, 1.2, 0.0)
 BATCH_SIZES = (4_096, 16_384, 65_536)
 DIMS = (64, 128)
@@ -240,36 +240,54 @@ DIMS = (64, 128)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Placements measured side by side on one workload."""
+    """Placements measured side by side on one workload.
+
+    Attributes:
+        workload: the samples.
+        placements: all-HBM first, what the others are held against.
+        part: in words, where there are several comparisons on the workload.
+    """
 
     workload: Workload
     placements: tuple[Placement, ...]
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.workload.name}, {self.part}" if self.part else self.workload.name
+
+
+USUAL = (HBM, UVM, PREFETCH, FAE)
+VARIANTS = (HBM, FAE_UVM, FAE_ON_DEVICE, FAE_PREFETCH, FAE_UNFETCHED, CACHING, HOST, FAE_HOST)
 
 
 def comparisons(*, cross: bool = False, base: Workload = BASE) -> list[Comparison]:
-    """The matrix: everything on the base workload, then one thing varied at a time; or, with `cross`, all combinations."""
-    usual = (HBM, UVM, PREFETCH, FAE)
-    whole = (
-        *(*usual, *tuned(base), FAE_UVM, FAE_PREFETCH),
-        *(FAE_AHEAD, FAE_STREAM, FAE_STORE, FAE_ON_DEVICE, FAE_UNFETCHED),  # of the models of those before
-        *(CACHING, HOST, FAE_HOST),
-    )
-    found = [Comparison(base, tuple(staged(placement, base) for placement in whole))]
-    varied: Iterable[Workload]
+    """The matrix: the base workload, one thing varied at a time, and on the way all other placements; or, with `cross`, all combinations.
+
+    In an order in which one comparison finds as many models as can be from those before.
+    """
     if cross:
-        varied = (
+        crossed = [
             replace(base, dim=dim, exponent=exponent, batch_size=size, budget=budget)
             for dim, exponent, size, budget in product(DIMS, EXPONENTS, BATCH_SIZES, BUDGETS)
-        )
-    else:
-        varied = [  # first what has the most models in common with what was measured before
-            *(replace(base, batch_size=size) for size in BATCH_SIZES),
-            *(replace(base, exponent=exponent) for exponent in EXPONENTS),
-            *(replace(base, budget=budget) for budget in BUDGETS),
-            *(replace(base, dim=dim) for dim in DIMS),
         ]
-    others = [workload for workload in dict.fromkeys(varied) if workload != base]
-    return found + [Comparison(workload, tuple(staged(placement, workload) for placement in usual)) for workload in others]
+        return [_comparison(workload, USUAL) for workload in crossed]
+    sizes = [replace(base, batch_size=size) for size in BATCH_SIZES]
+    laws = [replace(base, exponent=exponent) for exponent in EXPONENTS]
+    budgets = [replace(base, budget=budget) for budget in BUDGETS]
+    dims = [replace(base, dim=dim) for dim in DIMS]
+    return [
+        _comparison(base, (*USUAL, *tuned(base), FAE_AHEAD, FAE_STREAM, FAE_STORE)),
+        *(_comparison(workload, USUAL) for workload in (*sizes, *laws) if workload != base),
+        _comparison(base, VARIANTS, "other placements"),
+        *(_comparison(workload, (HBM, PREFETCH, FAE)) for workload in budgets if workload != base),
+        *(_comparison(workload, USUAL) for workload in dims if workload != base),
+    ]
+
+
+def _comparison(workload: Workload, placements: Sequence[Placement], part: str = "") -> Comparison:
+    return Comparison(workload, tuple(staged(placement, workload) for placement in placements), part)
 
 
 def groups(comparison: Comparison, machine: Machine) -> list[list[Placement]]:
@@ -286,7 +304,7 @@ def groups(comparison: Comparison, machine: Machine) -> list[list[Placement]]:
         cut[-1].append(placement)
         memory = taken(cut[-1], comparison.workload)
         if not memory.fits(machine):
-            raise ValueError(f"{placement.name} on {comparison.workload.name} takes {memory} beside all-HBM; there is {machine}")
+            raise ValueError(f"{placement.name} on {comparison.name} takes {memory} beside all-HBM; there is {machine}")
     return cut
 
 
@@ -302,7 +320,7 @@ def matrix_text(found: Sequence[Comparison], machine: Machine) -> str:
     lines = [f"GiB of the tables of each placement; the card has {card:.0f} GiB, {HEADROOM:.0%} stay free; the host has {host:.0f} GiB"]
     for comparison in found:
         workload = comparison.workload
-        lines += ["", f"{workload.name} ({workload.num_rows:,} rows, budget {workload.budget_bytes / 2**20:,.0f} MiB)"]
+        lines += ["", f"{comparison.name} ({workload.num_rows:,} rows, budget {workload.budget_bytes / 2**20:,.0f} MiB)"]
         for number, group in enumerate(groups(comparison, machine)):
             for placement in group if not number else group[1:]:
                 memory = placement.memory(workload)

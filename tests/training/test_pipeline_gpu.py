@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.training.train_pipeline import FAETrainPipeline
 from tests.distributed.small_model import Case, dense_optimizer, new_batch, optimizer_state, placement_of, shard, train, whole_tensors
@@ -68,6 +70,26 @@ def test_pipelined_equals_stock(tier: str, lookahead: int, ahead: bool, wanted: 
     pipeline = run_pipeline(model, batches, device=CUDA, lookahead=lookahead)
     _close(_state(model), wanted)
     assert (pipeline.steps.hot, pipeline.steps.other) == (SEQUENCE.count("H"), len(SEQUENCE) - SEQUENCE.count("H"))
+
+
+def test_plain_batches_are_split_ahead() -> None:
+    """The pipeline's own loader does it: nothing but the placement was asked for. In the stock order the result is stock's."""
+    model = shard(CASE, placement_of(CASE), device=CUDA, **TIERS["staged"])
+    staging = model.module.ebc._staging
+    brought: list[int] = []
+    bring = staging._bring
+    staging._bring = lambda batch: (brought.append(1), bring(batch))
+    batches = [Batch(batch.dense_features, batch.sparse_features, batch.labels) for batch in new_batches(CASE, "M" * 12, 0)]
+    pipeline: Any = FAETrainPipeline(
+        model, dense_optimizer(model), CUDA, placement=placement_of(CASE), batch_size=16, schedule=ShuffleSchedule("stock")
+    )
+    stream = iter(batches)
+    for _ in batches:
+        pipeline.progress(stream)
+    stock = shard(CASE, None, device=CUDA)
+    train(stock, on_device(new_batches(CASE, "M" * 12, 0)))
+    _close(_state(model), _state(stock))
+    assert len(brought) == len(batches)
 
 
 def test_rows_are_prefetched_before_every_cold_batch() -> None:
