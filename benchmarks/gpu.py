@@ -15,7 +15,9 @@ embedding    The same with the tables alone: forward, backward with a fixed grad
 bytes        Static HBM by torch's allocator, peak while training, rows over the link counted from the ids, caches by FBGEMM's counters.
 
 "UVM caching + prefetch" is PrefetchTrainPipelineSparseDist with an LRU cache. What is tuned at the same bytes: which small tables lie whole
-in HBM. Managed memory never exceeds what the card has free.
+in HBM. FAE's cold rows lie in UVM and are staged for their batch; the staging area counts against the budget. The batches of all placements
+but "streamed" and "from a store" are made before, in pinned memory; FAE's are split by tier then too. There is no DistributedDataParallel
+around any model: one rank needs none. Managed memory never exceeds what the card has free.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from gpu_scenarios import (
     GIB,
     HBM,
     HOST,
+    USUAL,
     Comparison,
     Machine,
     comparisons,
@@ -135,7 +138,7 @@ def _measured(
         seed=args.seed,
         deadline=began + 60 * args.minutes,
         device=device,
-        trace=None if args.trace is None else tracer(args.trace),
+        trace=None if args.trace is None else tracer(args.trace, [placement.name for placement in USUAL]),
     )
     measurement = Measurement(
         options, machine, lambda text: print(f"[{time.monotonic() - began:5.0f} s] {text}", file=sys.stderr, flush=True)

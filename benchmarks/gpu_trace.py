@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,12 @@ _STEPS = 8
 _ROWS = 45
 
 
-def tracer(folder: Path) -> Callable[[str, Runner], None]:
-    """What writes DIR/<placement>.txt: two tables, by the device's time and by the host's."""
+def tracer(folder: Path, names: Sequence[str]) -> Callable[[str, Runner], None]:
+    """What writes DIR/<placement>.txt: two tables, by the device's time and by the host's; for the placements of these names."""
 
     def trace(name: str, runner: Runner) -> None:
+        if name not in names:
+            return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         with profile(activities=activities) as seen:
             elapsed_ms = runner.run(_STEPS)
