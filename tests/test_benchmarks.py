@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "sharded_step.json"
@@ -136,3 +137,54 @@ def test_calibrate_and_selection_run(tmp_path: Path, benchmarks: None, monkeypat
     record = selection.main([*small, "--other-samples", "500", "--sample-rates", "0.5", "--json", str(tmp_path / "selection.json")])
     assert record == json.loads((tmp_path / "selection.json").read_text())
     assert all(result["used_bytes"] <= result["budget_bytes"] for result in record["results"])
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_gpu_benchmark_prints_what_lies_where(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU: the matrix and its bytes, none of them above the card's memory."""
+    gpu, scenarios = import_module("gpu"), import_module("gpu_scenarios")
+    assert gpu.main(["--dry-run", "--host-gib", "128"]) is None
+    printed = capsys.readouterr().out
+    machine = scenarios.Machine(139 << 30, 128 << 30)
+    found = scenarios.comparisons()
+    assert {c.workload.exponent for c in found} == {0.0, 0.8, 1.05, 1.2}
+    assert {c.workload.budget for c in found} == {0.005, 0.01, 0.02, 0.05, 0.1}
+    assert {c.workload.batch_size for c in found} == {4096, 16_384, 65_536} and {c.workload.dim for c in found} == {64, 128}
+    for comparison in found:
+        assert comparison.name in printed
+        assert sum(rows for rows in comparison.workload.rows.values()) * comparison.workload.row_bytes == pytest.approx(20e9, rel=0.01)
+        for group in scenarios.groups(comparison, machine):
+            taken = scenarios.taken(group, comparison.workload)
+            assert taken.hbm + taken.managed <= machine.card_bytes and taken.managed + taken.host <= machine.host_bytes
+            assert group[0].name == "all-HBM"
+    with pytest.raises(ValueError, match="takes Memory"):
+        scenarios.groups(found[0], scenarios.Machine(24 << 30, 128 << 30))
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_gpu_benchmarks_staging_area_holds_the_cold_ids_of_a_batch() -> None:
+    """The share of the budget by arithmetic, held against samples that are drawn."""
+    scenarios, data = import_module("gpu_scenarios"), import_module("gpu_data")
+    for exponent in (1.05, 0.8):
+        workload = scenarios.Workload(dim=16, exponent=exponent, batch_size=512, budget=0.05, table_bytes=2e7)
+        placement = scenarios.staged(scenarios.FAE, workload)
+        hot_bytes = (1 - placement.cache_share) * workload.budget_bytes
+        drawn = data.ZipfSamples(workload.rows, exponent, 0, torch.device("cpu"))
+        counts = [np.bincount(drawn.ids(1 << 16)[i], minlength=rows) for i, rows in enumerate(workload.rows.values())]
+        hottest = np.sort(np.concatenate(counts))[::-1][: int(hot_bytes / workload.row_bytes)].sum() / (26 << 16)
+        _, coverage = scenarios.hot_samples(workload, hot_bytes)
+        assert coverage == pytest.approx(hottest, abs=0.02)
+        half = placement.cache_share * workload.budget_bytes / 2 / workload.row_bytes
+        assert half > 512 * 26 * (1 - coverage)
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    script, written = ROOT / "benchmarks" / "gpu.py", tmp_path / "gpu.json"
+    command = [sys.executable, str(script), "--device", "cpu", "--quick", "--samples", "1024", "--json", str(written)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(written.read_text())["comparisons"]
+    assert set(found["placements"]) == {"all-HBM", "host", "FAE, host", "FAE", "FAE, lookahead 5", "FAE, streamed", "FAE, from a store"}
+    assert all(placement["samples_per_s_median"] > 0 for placement in found["placements"].values())
+    assert found["placements"]["FAE"]["staged_batches"] > 0 == found["placements"]["FAE, host"]["staged_batches"]
