@@ -16,8 +16,8 @@ bytes        Static HBM by torch's allocator, peak while training, rows over the
 
 "UVM caching + prefetch" is PrefetchTrainPipelineSparseDist with an LRU cache. What is tuned at the same bytes: which small tables lie whole
 in HBM. FAE's cold rows lie in UVM and are staged for their batch; the staging area counts against the budget. The batches of all placements
-but "streamed" and "from a store" are made before, in pinned memory; FAE's are split by tier then too. There is no DistributedDataParallel
-around any model: one rank needs none. Managed memory never exceeds what the card has free.
+but "streamed" and "from a store" are made before, in pinned memory; FAE's are split by tier then too. Managed memory never exceeds what
+the card has free.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--host-gib", type=float, help="memory of the host (default: what the machine says)")
     add("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only tries the script (default: %(default)s)")
+    add("--no-ddp", action="store_true", help="leave DistributedDataParallel out, which one rank does not need and most scripts have")
     add("--trace", type=Path, metavar="DIR", help="write a profile of some steps of the placements of the first comparison there")
     add("--resume", action="store_true", help="keep the comparisons that the JSON has of such a machine and measure the others")
     add("--json", type=Path, default=_ROOT / "benchmarks/results/gpu.json", help="(default: %(default)s)")
@@ -138,6 +139,7 @@ def _measured(
         seed=args.seed,
         deadline=began + 60 * args.minutes,
         device=device,
+        ddp=not args.no_ddp,
         trace=None if args.trace is None else tracer(args.trace, [placement.name for placement in USUAL]),
     )
     measurement = Measurement(
@@ -149,6 +151,7 @@ def _measured(
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else "none",
         "machine": vars(machine),
         "tf32": True,
+        "ddp": not args.no_ddp,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "skipped": [],
         "comparisons": [],
@@ -182,7 +185,7 @@ def _kept(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     before = json.loads(path.read_text())
-    unlike = [key for key in ("schema", "gpu", "versions", "seed") if before[key] != record[key]]
+    unlike = [key for key in ("schema", "gpu", "versions", "seed", "ddp") if before[key] != record[key]]
     if unlike:
         told = "; ".join(f"{key}: {before[key]} there, {record[key]} here" for key in unlike)
         raise SystemExit(f"--resume: {path} was measured otherwise ({told}); give another --json, or leave --resume out")

@@ -49,6 +49,7 @@ class Options:
         seed: of all draws.
         deadline: `time.monotonic` after which nothing more is begun.
         device: where.
+        ddp: whether DistributedDataParallel is around the dense part.
         trace: gets the pipelines to look at with a profiler; None: no.
     """
 
@@ -59,7 +60,8 @@ class Options:
     seed: int = 0
     deadline: float = float("inf")
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
-    trace: Callable[[str, Runner], None] | None = None
+    ddp: bool = True
+    trace: Callable[[str, Runner], dict[str, float]] | None = None
 
 
 class Measurement:
@@ -73,7 +75,7 @@ class Measurement:
 
     def __init__(self, options: Options, machine: Machine, say: Callable[[str], None]) -> None:
         self.options, self._say = options, say
-        self._models = ModelPool(machine, options.device)
+        self._models = ModelPool(machine, options.device, ddp=options.ddp)
         self._profiles: dict[tuple[Any, ...], PopularityProfile] = {}
 
     def run(self, comparison: Comparison, cut: Sequence[Sequence[Placement]]) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class Measurement:
                 if self.options.device.type == "cuda" and stage == STAGES[0]:
                     entries[name]["peak_hbm_bytes"] = entries[name]["static_hbm_bytes"] + torch.cuda.max_memory_allocated() - before
                 if turn == self.options.rounds and self.options.trace is not None and stage == STAGES[0] and not number:
-                    self.options.trace(name, runner)
+                    entries[name]["profile"] = self.options.trace(name, runner)
         for name, found in blocks.items():
             entry = entries[name]
             if entry["group"] == number:

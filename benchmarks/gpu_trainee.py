@@ -104,13 +104,14 @@ class Trainee:
         workload: its tables.
         rows: which are hot, of "fae".
         device: where to train; a CPU for a try without a GPU.
+        ddp: whether DistributedDataParallel is around the dense part.
 
     Attributes:
         device: as given.
         static_bytes: of the GPU's memory, taken by building it.
     """
 
-    def __init__(self, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device) -> None:
+    def __init__(self, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device, *, ddp: bool) -> None:
         before = allocated(device)
         self.device = device
         self._shape = len(workload.rows) * workload.dim
@@ -127,7 +128,7 @@ class Trainee:
             self.model: Any = Staged(dlrm).to(device)
             self.optimizer: Any = torch.optim.Adagrad(self.model.parameters(), lr=0.01)
         else:
-            self.model = _sharded(Staged(dlrm), placement, workload, rows, device)
+            self.model = _sharded(Staged(dlrm), placement, workload, rows, device, ddp=ddp)
             self.optimizer = build_optimizer(self.model, 0.01)
             self.bags = self.model.module.dlrm.model.sparse_arch.embedding_bag_collection
         self.static_bytes = allocated(device) - before
@@ -238,10 +239,11 @@ class ModelPool:
     Args:
         machine: its memory.
         device: where to train.
+        ddp: as Trainee.
     """
 
-    def __init__(self, machine: Machine, device: torch.device) -> None:
-        self._machine, self._device = machine, device
+    def __init__(self, machine: Machine, device: torch.device, *, ddp: bool) -> None:
+        self._machine, self._device, self._ddp = machine, device, ddp
         self._models: dict[tuple[object, ...], tuple[Trainee, Memory]] = {}  # the least lately used first
 
     def get(self, placement: Placement, workload: Workload, rows: RowPlacement | None, needed: Iterable[tuple[object, ...]]) -> Trainee:
@@ -264,7 +266,7 @@ class ModelPool:
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        self._models[key] = Trainee(placement, workload, rows, self._device), memory
+        self._models[key] = Trainee(placement, workload, rows, self._device, ddp=self._ddp), memory
         return self._models[key][0]
 
 
@@ -293,7 +295,9 @@ def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _sharded(model: nn.Module, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device) -> Any:
+def _sharded(
+    model: nn.Module, placement: Placement, workload: Workload, rows: RowPlacement | None, device: torch.device, *, ddp: bool
+) -> Any:
     caps: dict[str, int] = {"ddr_cap": 2**40}
     if device.type == "cuda":
         caps["hbm_cap"] = torch.cuda.get_device_properties(device).total_memory
@@ -310,8 +314,10 @@ def _sharded(model: nn.Module, placement: Placement, workload: Workload, rows: R
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=workload.batch_size, constraints=constraints)
     sharders = get_fae_sharders()  # exactly stock's for a stock plan
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    # One rank has nobody to exchange dense gradients with: DistributedDataParallel's hooks would only add to every placement's host time.
-    return DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=False)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=ddp)
+    if not ddp:
+        sharded.module.to(device)  # which is what DistributedModelParallel leaves to the wrapper
+    return sharded
 
 
 def _constraint(placement: Placement, workload: Workload, rows: int) -> ParameterConstraints:

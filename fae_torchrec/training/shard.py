@@ -100,8 +100,7 @@ def shard_model(
             stock_tables=stock_tables,
         )
         plan = ours.collective_plan(model, sharders, group)
-    # One rank has nobody to exchange dense gradients with: DistributedDataParallel would only cost it a tenth of its step on the host.
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders, init_data_parallel=group.size() > 1)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
     sharded.load_state_dict(weights)
     return sharded
 
