@@ -143,7 +143,8 @@ class BagSplit(TierSplit):
         Raises:
             DataError: as `forward`.
         """
-        ids = self(features, promised_hot=promised_hot)
+        # Not by `self(...)`: TorchRec's pipelines trace the model, and torch.fx then has nn.Module.__call__ patched for all threads.
+        ids = self.forward(features, promised_hot=promised_hot)
         if ids.cold is not None:
             ids.cold.offsets()  # kept there: nothing is left to compute on the device
         return self._sent(ids, features.stride())

@@ -253,7 +253,7 @@ class TierSplit(nn.Module):
             return found
         samples = (offsets.numel() - 1) // len(self.lookups)
         rows = torch.repeat_interleave(self.row_base, offsets[::samples].diff(), output_size=values.numel()).add_(values)
-        slots: torch.Tensor = self.index(rows)
+        slots: torch.Tensor = self.index.forward(rows)  # not by a call: see BagSplit.ahead
         return slots.to(torch.int64)
 
     def _by_groups(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -124,6 +126,27 @@ def test_a_split_for_other_tiers_is_not_used() -> None:
     lacking = KeyedJaggedTensor(["z"], torch.tensor([1]), lengths=torch.tensor([1]))
     unrelated = SplitAhead(model)(HotColdBatch(torch.zeros(1, 3), lacking, torch.zeros(1)))
     assert unrelated.sparse_features.ahead == {}, "another collection's features"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("options", [{}, {"cold_cache_bytes": 1 << 20}], ids=["", "staged"])
+def test_threads_split_while_a_pipeline_traces_the_model(options: dict[str, Any]) -> None:
+    """As TorchRec's pipelines do at their first batch: torch.fx has calls of all modules patched meanwhile, in every thread."""
+    case = Case("sgd", mixed_dims=False)
+    model = shard(case, placement_of(case), **options)
+    split, batches, done = SplitAhead(model), new_batches(case, "HCM", 0), []
+
+    class Traced(nn.Module):
+        """What is traced; meanwhile a thread splits."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with ThreadPoolExecutor(1) as thread:
+                done.extend(thread.map(split, batches))
+            return x
+
+    torch.fx.symbolic_trace(Traced())
+    for ours, batch in zip(done, batches, strict=True):
+        assert torch.equal(model(ours)[1], model(batch)[1])
 
 
 @pytest.mark.usefixtures("one_rank")
