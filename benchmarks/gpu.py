@@ -107,6 +107,7 @@ def _comparisons(args: argparse.Namespace) -> list[Comparison]:
     if args.placements:
         kept = (HBM.name, *args.placements)
         found = [replace(c, placements=tuple(p for p in c.placements if p.name in kept)) for c in found]
+        found = [comparison for comparison in found if len(comparison.placements) > 1]
     return found
 
 

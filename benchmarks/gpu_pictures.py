@@ -77,7 +77,7 @@ def sweep_picture(record: Mapping[str, Any]) -> Picture | None:
             axis.axhline(1.0, color=_COLOURS["hbm"], linewidth=1.0, label=HBM.name)
             axis.set_xlabel(_SWEPT[key])
             axis.set_ylim(bottom=0)
-            if key in ("batch_size", "budget"):
+            if key != "exponent":
                 axis.set_xscale("log")
                 axis.minorticks_off()
                 values = [value for value, _ in points]
