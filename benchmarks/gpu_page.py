@@ -93,7 +93,8 @@ def _goals(found: Sequence[dict[str, Any]], bare: Sequence[dict[str, Any]]) -> s
         "stage": "the GPU's time for the embedding stage of plain UVM",
     }
     without = "; without DistributedDataParallel, which one rank does not need" if len(runs) > 1 else ""
-    lines = ["## The goals", "", f"At {entry['workload']['name']}: FAE against", "", f"| | goal | measured{without} | |", "|---|---|---|---|"]
+    head = f"| | goal | measured{without} | |"
+    lines = ["## The goals", "", f"At {entry['workload']['name']}: FAE against", "", head, "|---|---|---|---|"]
     missed = []
     for key, goal in _GOALS.items():
         met = [ratio[key] >= goal for ratio in ratios]
@@ -128,10 +129,11 @@ def _why_missed(entry: dict[str, Any], ratios: dict[str, float]) -> str:
     kernels = {name: placement.get("profile", {}).get("kernels_ms") for name, placement in those.items()}
     if all(kernels.values()):
         idle = {name: 1 - kernels[name] / step[name] for name in those}
+        sums = ", ".join(f"{kernels[name]:.1f} ms ({name})" for name in those)
         text += (
-            ", and the profiler sums the GPU's kernels and copies, on all streams, to " + ", ".join(f"{kernels[name]:.1f} ms ({name})" for name in those) + ". It waits at least "
-            f"{_share(idle['FAE'])} of FAE's step and {_share(idle['all-HBM'])} of all-HBM's for the host, which queues a DLRM's kernels "
-            f"through Python and TorchRec's pipeline, and {_share(idle['the rival'])} of the rival's. By the GPU's work alone FAE would be at "
+            f", and the profiler sums the GPU's kernels and copies, on all streams, to {sums}. It waits at least {_share(idle['FAE'])} of "
+            f"FAE's step and {_share(idle['all-HBM'])} of all-HBM's for the host, which queues a DLRM's kernels through Python and TorchRec's "
+            f"pipeline, and {_share(idle['the rival'])} of the rival's. By the GPU's work alone FAE would be at "
             f"{kernels['all-HBM'] / kernels['FAE']:.2f} of all-HBM and {kernels['the rival'] / kernels['FAE']:.2f} of the rival"
         )
     others = _rate(those["all-HBM"]) / _rate(those["the rival"])
