@@ -132,8 +132,8 @@ def _why_missed(entry: dict[str, Any], ratios: dict[str, float]) -> str:
         sums = ", ".join(f"{kernels[name]:.1f} ms ({name})" for name in those)
         text += (
             f", and the profiler sums the GPU's kernels and copies, on all streams, to {sums}. It waits at least {_share(idle['FAE'])} of "
-            f"FAE's step and {_share(idle['all-HBM'])} of all-HBM's for the host, which queues a DLRM's kernels through Python and TorchRec's "
-            f"pipeline, and {_share(idle['the rival'])} of the rival's. By the GPU's work alone FAE would be at "
+            f"FAE's step and {_share(idle['all-HBM'])} of all-HBM's for the host, which queues a DLRM's kernels through Python and "
+            f"TorchRec's pipeline, and {_share(idle['the rival'])} of the rival's. By the GPU's work alone FAE would be at "
             f"{kernels['all-HBM'] / kernels['FAE']:.2f} of all-HBM and {kernels['the rival'] / kernels['FAE']:.2f} of the rival"
         )
     others = _rate(those["all-HBM"]) / _rate(those["the rival"])
