@@ -16,7 +16,7 @@ DEMO_OUTPUT ?= runs/demo
 FAE_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint env clean
+.PHONY: demo test cluster lint env clean
 
 demo: $(STAMP) ## profile, place, train hot/cold and compare with stock TorchRec, on 1 and on 2 ranks
 	$(VENV)/bin/fae compare --config $(CONFIG) --output $(DEMO_OUTPUT) $(FAE_ARGS)
@@ -24,6 +24,9 @@ demo: $(STAMP) ## profile, place, train hot/cold and compare with stock TorchRec
 
 test: $(STAMP) ## the whole suite
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+cluster: $(STAMP) ## jobs on a Slurm cluster that is set up for them; takes Debian's packages slurm-wlm and munge
+	$(VENV)/bin/python -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy --strict
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,1 @@
+"""A real scheduler and its jobs."""
