@@ -1,4 +1,4 @@
-"""The command line: fae vocabulary | profile | place | report | segregate | train | compare | doctor."""
+"""The command line: fae vocabulary | profile | place | report | segregate | train | compare | measure | doctor."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ _COMMANDS = {
     "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); with --checkpoint it "
     "goes on from the newest checkpoint of that folder; writes OUTPUT/train.json",
     "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
+    "measure": "time what this machine's ranks can do, for `fae plan --what-if --hardware FILE`; writes that file; half a minute",
     "doctor": "print versions, devices, whether torch, torchrec and fbgemm fit together, and what to install if not",
 }
+_WITHOUT_CONFIG = ("doctor", "measure")
 _CONFIG_HELP = """\
 The config has the sections data, model, profile, placement, schedule, loader, train, checkpoint, compare, and output, the folder for what
 is written; see examples/configs/. The data are one of synthetic, parquet, criteo (its text files), criteo_npy, avazu, taobao, csv. Any
@@ -68,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return examine(arguments.json)
         arguments.command_line = ["fae", *(sys.argv[1:] if argv is None else argv)]
+        if arguments.command == "measure":
+            from fae_torchrec.distributed.local_ranks import quiet_host
+            from fae_torchrec.measure import run_measure
+
+            quiet_host()
+            return run_measure(arguments)
         return _run(arguments)
     except KeyboardInterrupt:
         print(f"fae {arguments.command}: interrupted", file=sys.stderr)
@@ -90,11 +98,16 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=what,
             description=what,
-            epilog=None if name == "doctor" else _CONFIG_HELP,
+            epilog=None if name in _WITHOUT_CONFIG else _CONFIG_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        if name == "doctor":
+        if name == "measure":
+            command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what trains (default: cpu)")
+            command.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that train on this machine (default: 1)")
+            command.add_argument("--output", default="hardware.json", metavar="FILE", help="what to write (default: hardware.json)")
+            command.add_argument("--quiet", action="store_true", help="no progress bars")
+        if name in _WITHOUT_CONFIG:
             continue
         command.add_argument("--config", required=True, metavar="FILE", help="the experiment, YAML or JSON")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated")

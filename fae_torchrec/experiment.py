@@ -51,7 +51,7 @@ _MAY_CHANGE = ("epochs", "steps", "nan_check_steps", "lookahead", "log_every", "
 
 def experiment_tables(config: RunConfig, data: ExperimentData) -> TableSet:
     """The model's tables, from a model on the meta device."""
-    return model_tables(_model(config, data, torch.device("meta")))
+    return model_tables(experiment_model(config, data, torch.device("meta")))
 
 
 def placed_tables(config: RunConfig, data: ExperimentData) -> TableSet:
@@ -60,7 +60,7 @@ def placed_tables(config: RunConfig, data: ExperimentData) -> TableSet:
     Raises:
         ConfigError: `placement.stock_tables` names what is no table, or leaves none.
     """
-    model = _model(config, data, torch.device("meta"))
+    model = experiment_model(config, data, torch.device("meta"))
     try:
         return model_tables(model, leave=config.placement.stock_tables)
     except ConfigError as error:
@@ -140,7 +140,7 @@ def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, 
     if any(name != "stock" for name in names):
         topology = Topology(world_size=ranks, local_world_size=local_ranks, compute_device=device)
         planner = fae_planner(placement, topology, config.train.batch_size, **_tiers(config))
-        planner.plan(_model(config, data, torch.device("meta")), get_fae_sharders())
+        planner.plan(experiment_model(config, data, torch.device("meta")), get_fae_sharders())
     tables = experiment_tables(config, data)
     for batch in data.test.batches(_PROFILE_BATCH):
         check_ids(batch.sparse_features, tables)
@@ -203,7 +203,7 @@ def run_placement(
     tables = experiment_tables(config, data)
     hot_rows = None if name == "stock" else placement
     model = shard_model(
-        _model(config, data, torch.device("cpu")),
+        experiment_model(config, data, torch.device("cpu")),
         hot_rows,
         config.train.batch_size,
         device,
@@ -355,7 +355,8 @@ def _scores(
     return {"test_auc": scores.auc, "test_logloss": scores.logloss, "test_accuracy": scores.accuracy}
 
 
-def _model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any:
+def experiment_model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any:
+    """The configured model, unsharded; on "meta" it takes no memory."""
     return build_dlrm(
         data.rows,
         data.train.num_dense,

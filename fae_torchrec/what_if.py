@@ -1,0 +1,179 @@
+"""fae plan --what-if: predicted step time and bytes of every placement on ranks that need not be there, the winner, and why."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fae_torchrec.config import RunConfig
+from fae_torchrec.core.access_model import AccessModel
+from fae_torchrec.core.calibration import Point, calibrated
+from fae_torchrec.core.candidates import pinned_tables
+from fae_torchrec.core.cost_model import CostModel, Job
+from fae_torchrec.core.errors import ConfigError
+from fae_torchrec.core.hardware import Hardware, load_hardware
+from fae_torchrec.core.outlook import Outlook, budgets_of, fae_cold_tier, look_out
+from fae_torchrec.core.tables import TableSet
+from fae_torchrec.data.criteo_access import criteo_access
+from fae_torchrec.experiment import experiment_model, placed_tables
+from fae_torchrec.experiment_data import ExperimentData, open_data
+from fae_torchrec.experiment_profile import make_profile
+from fae_torchrec.training.outlook_page import outlook_page, outlook_picture, outlook_text
+from fae_torchrec.training.report import write_json
+from fae_torchrec.training.whole_file import write_whole
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_POINT_KEYS = {"placement", "budget_bytes", "ranks", "batch_size", "step_s"}
+
+
+def what_if(
+    config: RunConfig,
+    *,
+    hardware: Sequence[Hardware],
+    ranks: Sequence[int],
+    shares: Sequence[float] = SHARES,
+    access: str = "auto",
+    calibration: Sequence[Mapping[str, Any]] = (),
+    show_progress: bool = False,
+) -> list[Outlook]:
+    """Predicts every placement of the configured model, for each hardware and number of ranks.
+
+    Args:
+        config: data, model, batch size per rank.
+        hardware: to plan for.
+        ranks: numbers of ranks.
+        shares: budgets of fast memory per rank, as shares of all tables' bytes; those too small for the tables that are always hot are
+            left out.
+        access: where the access curves come from: "law" (of synthetic data), "profile" (measured now if there is none), "uniform", or
+            "auto": the law where there is one.
+        calibration: measured steps of the same model, each with the keys placement, budget_bytes, ranks, batch_size, step_s.
+        show_progress: progress bars on standard error.
+
+    Raises:
+        ConfigError: there is no law, a number is out of range, or a point lacks a key.
+        BudgetError: no budget holds the tables that are always hot.
+    """
+    if min(ranks, default=0) < 1:
+        raise ConfigError(f"--ranks: received {list(ranks)}; give numbers of at least 1")
+    data = open_data(config)
+    tables = placed_tables(config, data)
+    curves = _access(config, data, tables, access, show_progress)
+    pinned = config.placement.pinned_max_rows
+    budgets = budgets_of(tables.total_bytes, shares, sum(table.total_bytes for table in pinned_tables(tables, pinned)))
+    job = _job(config, data, tables)
+    found = []
+    for machine in hardware:
+        if calibration:
+            points = [_point(point, job, curves, machine, pinned) for point in calibration]
+            machine = calibrated(machine, points)
+        found += [look_out(CostModel(replace(job, ranks=number), curves, machine), budgets, pinned) for number in ranks]
+    return found
+
+
+def run_what_if(arguments: Namespace, config: RunConfig) -> int:
+    """Predicts, writes OUTPUT/what_if.html, .png and .json, and prints what is best."""
+    outlooks = what_if(
+        config,
+        hardware=[load_hardware(name) for name in arguments.hardware],
+        ranks=arguments.ranks,
+        shares=[_share(text) for text in arguments.budgets] if arguments.budgets else SHARES,
+        access=arguments.access,
+        calibration=_points(arguments.calibration) if arguments.calibration else (),
+        show_progress=not arguments.quiet,
+    )
+    values = {
+        "schema": 1,
+        "kind": "what-if",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(arguments.command_line),
+        "config": config.to_dict(),
+        "access": outlooks[0].model.access.source,
+        "tables": len(outlooks[0].model.job.tables),
+        "table_bytes": outlooks[0].model.job.tables.total_bytes,
+        "outlooks": [outlook.to_json() for outlook in outlooks],
+    }
+    folder = Path(config.output)
+    picture = write_whole(outlook_picture(outlooks).png(), folder / "what_if.png")
+    page = write_whole(outlook_page(outlooks, values), folder / "what_if.html")
+    path = write_json(values, folder / "what_if.json")
+    if arguments.json:
+        print(path.read_text(encoding="utf-8").rstrip())
+    else:
+        print("\n".join([*outlook_text(outlooks), "", *map(str, (path, page, picture))]))
+    return 0
+
+
+def _access(config: RunConfig, data: ExperimentData, tables: TableSet, access: str, show_progress: bool) -> AccessModel:
+    synthetic = config.data.synthetic
+    if access == "auto":
+        access = "profile" if synthetic is None else "law"
+    if access == "uniform":
+        return AccessModel.uniform(tables)
+    if access == "law":
+        if synthetic is None:
+            raise ConfigError(f"--access law: the data are {config.data.source}, whose law is not known; take profile")
+        return criteo_access(synthetic.dataset, synthetic.scale, tables)
+    profile = make_profile(config, data, tables, show_progress=show_progress)
+    return AccessModel.from_profile(profile, tables, config.placement.pinned_max_rows)
+
+
+def _job(config: RunConfig, data: ExperimentData, tables: TableSet) -> Job:
+    model = experiment_model(config, data, torch.device("meta"))
+    dense = sum(parameter.numel() for name, parameter in model.named_parameters() if "embedding_bags" not in name)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    features = len(data.rows) + 1
+    return Job(tables, config.train.batch_size, 1, dense, weights + features * features * config.model.embedding_dim)
+
+
+def _point(point: Mapping[str, Any], job: Job, access: AccessModel, hardware: Hardware, pinned_max_rows: int) -> Point:
+    """What a measured step did, by the model."""
+    if unlike := sorted(_POINT_KEYS.symmetric_difference(point)):
+        raise ConfigError(f"--calibration: each point has the keys {sorted(_POINT_KEYS)}; {unlike} are missing or not known")
+    model = CostModel(replace(job, ranks=int(point["ranks"]), batch_size=int(point["batch_size"])), access, hardware)
+    placement, budget = str(point["placement"]), int(point["budget_bytes"])
+    if placement.startswith("fae"):
+        cold = fae_cold_tier(model)
+        ahead = hardware.device == "cuda" and model.job.ranks == 1
+        share = access.share(budget, pinned_max_rows)
+        kind = placement.removeprefix("fae").strip("-")
+        work = (
+            model.fae(share, "hot" if kind == "hot" else "cold", cold, split_ahead=ahead)
+            if kind in ("hot", "cold")
+            else model.epoch(share, cold, split_ahead=ahead)
+        )
+        return Point(work, float(point["step_s"]))
+    names: Mapping[str, Any] = {"stock": "host" if hardware.device == "cpu" else "hbm"}
+    allowed = ("stock", "hbm", "uvm", "by_table", "uvm_caching", "prefetch", "host", "fae", "fae-hot", "fae-cold")
+    if placement not in allowed:
+        raise ConfigError(f"--calibration: placement {placement!r} is not one of {list(allowed)}; name one of those")
+    return Point(model.stock(names.get(placement, placement), budget), float(point["step_s"]))
+
+
+def _points(path: str) -> list[Mapping[str, Any]]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--calibration {path}: cannot be read ({error}); give a JSON file with a list of measured points") from None
+    points = values.get("points") if isinstance(values, dict) else values
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points) or not points:
+        raise ConfigError(f"--calibration {path}: a list of measured points, or an object with `points`, is needed; each is an object")
+    return list(points)
+
+
+def _share(text: str) -> float:
+    """A budget as a share of all tables' bytes: "1%"."""
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else float("nan")
+    except ValueError:
+        share = float("nan")
+    if not 0 < share <= 1:
+        raise ConfigError(f"--budgets: received {text!r}; give shares of all tables' bytes, more than 0% and at most 100%, such as 0.5%")
+    return share
