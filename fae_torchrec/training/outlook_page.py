@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from fae_torchrec.core.outlook import NAMES, Option, Outlook, best
 from fae_torchrec.training.page import Cell, document, facts, figure, notes, section, sentences, table, tiles
-from fae_torchrec.training.picture import INK, SERIES, Picture, log_shares
+from fae_torchrec.training.picture import INK, LINE, SERIES, Picture, log_shares
 from fae_torchrec.training.report_table import bytes_text, percent_text
 
 _COLOURS = {
@@ -85,7 +85,8 @@ def outlook_page(outlooks: Sequence[Outlook], values: Mapping[str, Any]) -> str:
             figure(
                 outlook_picture(outlooks),
                 "Predicted milliseconds of a step, the mean over an epoch's hot and cold batches. The budget is fast memory per rank for "
-                "hot rows, whole tables or a cache, as a share of all tables' bytes. Hollow: does not fit. Dashed: no budget.",
+                "hot rows, whole tables or a cache, as a share of all tables' bytes. Hollow: does not fit. Dashed: no budget. On CUDA the "
+                "device's time: in the shaded area the host, which queues the step meanwhile, takes longer.",
             ),
         ),
         *(section(_title(outlook), _options_table(outlook)) for outlook in outlooks),
@@ -129,15 +130,15 @@ def _bests(outlook: Outlook) -> list[Option]:
 def _panel(axis: Axes, outlook: Outlook) -> None:
     total, winner = outlook.model.job.tables.total_bytes, outlook.best()
     shares = [option.budget_bytes / total for option in outlook.options if option.budget_bytes]
-    latest = _LATE * min(option.step_s for option in outlook.options if option.budget_bytes) * 1000
+    latest = _LATE * min(_device_ms(outlook, option) for option in outlook.options if option.budget_bytes)
     for placement, name in NAMES.items():
         options = [option for option in outlook.options if option.placement == placement]
         colour = _COLOURS[placement]
         if len(options) == 1 and not options[0].budget_bytes:
-            if 1000 * options[0].step_s < latest:
-                axis.axhline(1000 * options[0].step_s, color=colour, linestyle="--", linewidth=1.2, label=name)
+            if _device_ms(outlook, options[0]) < latest:
+                axis.axhline(_device_ms(outlook, options[0]), color=colour, linestyle="--", linewidth=1.2, label=name)
         elif options:
-            points = [(option.budget_bytes / total, 1000 * option.step_s) for option in options]
+            points = [(option.budget_bytes / total, _device_ms(outlook, option)) for option in options]
             axis.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.4)
             for refused in (True, False):
                 some = [point for point, option in zip(points, options, strict=True) if bool(option.refused) == refused]
@@ -151,12 +152,21 @@ def _panel(axis: Axes, outlook: Outlook) -> None:
                         fillstyle="none" if refused else "full",
                     )
     if winner is not None and winner.budget_bytes:
-        axis.plot(winner.budget_bytes / total, 1000 * winner.step_s, marker="o", markersize=10, fillstyle="none", color=INK)
+        axis.plot(winner.budget_bytes / total, _device_ms(outlook, winner), marker="o", markersize=10, fillstyle="none", color=INK)
+    if outlook.model.hardware.device == "cuda":
+        axis.axhspan(0, 1000 * outlook.model.hardware.step_s, color=LINE, alpha=0.5, linewidth=0, label="the host takes as long")
     log_shares(axis, shares)
     axis.set_ylim(bottom=0)
     axis.set_title(_title(outlook))
     axis.set_xlabel("budget per rank, of all tables' bytes")
     axis.set_ylabel("ms a step")
+
+
+def _device_ms(outlook: Outlook, option: Option) -> float:
+    """On CUDA without the host, which works beside the device: where it is the longer of both, the step takes as long as it."""
+    if outlook.model.hardware.device == "cpu":
+        return 1000 * option.step_s
+    return 1000 * (sum(option.parts.values()) - option.parts["steps"])
 
 
 def _options_table(outlook: Outlook) -> str:
