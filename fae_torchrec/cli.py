@@ -1,4 +1,4 @@
-"""The command line: fae vocabulary | profile | place | report | segregate | train | compare | measure | doctor."""
+"""The command line: fae vocabulary | profile | place | report | segregate | train | compare | measure | launch | doctor."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ An experiment is one YAML or JSON file: the data, the model, the budget of fast 
   fae report --config examples/configs/demo.yaml    how skewed are the accesses, and what does a budget of fast memory buy?
   fae compare --config examples/configs/demo.yaml   all of it, trained and set beside stock TorchRec
 
+Or keep your TorchRec training script as it is: fae launch --help
+
 place, report, segregate, train and compare measure a profile by themselves if the output folder has none of the same data and sampling.
 """
 _COMMANDS = {
@@ -40,6 +42,8 @@ _COMMANDS = {
     "goes on from the newest checkpoint of that folder; writes OUTPUT/train.json",
     "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
     "measure": "time what this machine's ranks can do, for `fae plan --what-if --hardware FILE`; writes that file; half a minute",
+    "launch": "run an unmodified TorchRec training script with hot and cold rows: launch --config FILE SCRIPT ARGUMENTS, alone or under "
+    "torchrun; the config is one of its own (docs/launch.md); writes OUTPUT/launch.json",
     "doctor": "print versions, devices, whether torch, torchrec and fbgemm fit together, and what to install if not",
 }
 _WITHOUT_CONFIG = ("doctor", "measure")
@@ -63,13 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 `doctor` found a problem, 2 bad input, 130 interrupted (one message on standard error, no traceback).
     """
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["launch"]:
+        from fae_torchrec.launch import main as launch  # it parts our options from the script's, which argparse cannot
+
+        return launch(given[1:], "fae launch")
+    arguments = _parser().parse_args(given)
     try:
         if arguments.command == "doctor":
             from fae_torchrec.doctor import examine  # alone: it must run where torch is missing
 
             return examine(arguments.json)
-        arguments.command_line = ["fae", *(sys.argv[1:] if argv is None else argv)]
+        arguments.command_line = ["fae", *given]
         if arguments.command == "measure":
             from fae_torchrec.distributed.local_ranks import quiet_host
             from fae_torchrec.measure import run_measure
@@ -101,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
             epilog=None if name in _WITHOUT_CONFIG else _CONFIG_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name == "launch":
+            continue  # for the list of commands; `main` hands it on
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         if name == "measure":
             command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what trains (default: cpu)")

@@ -1,0 +1,192 @@
+"""The profiling pass of `fae launch`: a child process of each rank runs the script until its first batches are counted.
+
+`python -m fae_torchrec.launch_profile JOB` is that child; nobody else calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fae_torchrec.core.errors import DataError, FAEError
+from fae_torchrec.core.popularity import PopularityProfile
+from fae_torchrec.launch_config import LaunchConfig
+from fae_torchrec.launch_ranks import LaunchRanks
+from fae_torchrec.launch_script import ScriptRun
+
+_KEPT_INPUTS, _FRESH_INPUTS = 131_072, 65_536  # over all ranks
+_LOG_LINES = 15
+
+
+def profile_script(
+    config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, *, show_progress: bool = False
+) -> tuple[PopularityProfile | None, dict[str, Any]]:
+    """Runs the script on all ranks until enough of its batches are counted. Every rank calls it; rank 0 gets the result.
+
+    Args:
+        config: how many batches, and which of their samples.
+        script: what to run.
+        ranks: all ranks.
+        show_progress: whether rank 0 shows a bar on standard error.
+
+    Returns:
+        The profile of all ranks' batches, None if the script fed none; and what is to be said of the pass: "batches", "samples", "used"
+        (names of TorchRec) and "ended", why it ended. On other ranks than 0: None, {}.
+
+    Raises:
+        FAEError: on rank 0: the script failed before it fed a batch, or its batches cannot be counted.
+    """
+    port = ranks.free_port()
+    outcomes = ranks.gather(lambda: _run_child(config, script, ranks, port, show_progress))
+    return _merged(outcomes, script) if outcomes else (None, {})
+
+
+def _run_child(config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, port: int, show_progress: bool) -> Any:
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    log = Path(config.output, f"profile_rank{ranks.rank}.log")
+    bar = os.dup(2) if show_progress and ranks.rank == 0 and sys.stderr.isatty() else None
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "counted")
+        job = {
+            "config": config.to_dict(),
+            "target": script.target,
+            "arguments": list(script.arguments),
+            "is_module": script.is_module,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "bar": bar,
+            "result": str(result),
+        }
+        Path(folder, "job").write_text(json.dumps(job))
+        try:
+            with log.open("wb") as output:
+                code = subprocess.run(
+                    [sys.executable, "-m", __name__, str(Path(folder, "job"))],
+                    env=_environment(port, ranks.world_size),
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=() if bar is None else (bar,),
+                ).returncode
+        finally:
+            if bar is not None:
+                os.close(bar)
+        if not result.is_file():
+            raise _failed(script, log, f"its process ended with code {code}")
+        outcome = pickle.loads(result.read_bytes())
+    if isinstance(outcome, FAEError):
+        raise outcome
+    counted, failure = outcome
+    if counted.partial is None and failure is not None:
+        raise _failed(script, log, failure)
+    return counted
+
+
+def _environment(port: int, world_size: int) -> dict[str, str]:
+    """The rank's environment, but for a meeting place of the pass's own, so that the script's real group finds nothing of it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC_", "FAE_LAUNCH_"))}
+    # The folder of this package, wherever the child's script lies.
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [kept.get("PYTHONPATH")])])
+    own = {"MASTER_PORT": str(port)} if world_size > 1 or "MASTER_PORT" in kept else {}
+    return {**kept, **own, "PYTHONPATH": path}
+
+
+def _failed(script: ScriptRun, log: Path, how: str) -> FAEError:
+    lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    return FAEError(
+        f"the profiling pass of `{script.text}` failed before the script fed a batch ({how}). In that pass the model is not sharded and "
+        "nothing is trained. See that the script runs without fae launch; if it does, give fae launch a `profile` or `placement`, which "
+        f"need no such pass. The end of {log}:\n" + "\n".join(f"  {line}" for line in lines)
+    )
+
+
+def _merged(outcomes: Sequence[Any], script: ScriptRun) -> tuple[PopularityProfile | None, dict[str, Any]]:
+    from fae_torchrec.data.partial_profile import PartialProfile
+
+    parts, seen = [], set[str]()
+    batches = 0
+    for counted in outcomes:
+        if counted.partial is None or not seen.isdisjoint(counted.digests):  # a rank that is fed what another is fed says nothing new
+            continue
+        parts.append(counted.partial)
+        seen.update(counted.digests)
+        batches += len(counted.digests)
+    told = {
+        "batches": batches,
+        "samples": sum(part.total_samples for part in parts),
+        "used": sorted(set().union(*(counted.used for counted in outcomes))),
+        "ended": outcomes[0].ended,
+    }
+    if not parts:
+        return None, told
+    try:
+        return PartialProfile.merged(parts).profile(f"the first {batches} batches that {script.text} feeds"), told
+    except DataError as error:
+        raise DataError(f"profiling `{script.text}`: {error} (profile_batches, profile_rate)") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    """The child: runs the script with stand-ins, writes what was counted, and leaves without ceremony."""
+    with suppress(ImportError, AttributeError):
+        from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # private, torch 2.13
+
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    job = json.loads(Path(argv[0]).read_text())
+    result = Path(job["result"])
+    outcome = _count(job)
+    draft = result.with_suffix(".draft")
+    draft.write_bytes(pickle.dumps(outcome))
+    draft.rename(result)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the script's process group, threads and workers are not wound up: nobody waits for them
+
+
+def _count(job: dict[str, Any]) -> Any:
+    from fae_torchrec.data.partial_profile import Sampling
+    from fae_torchrec.launch_patches import replaced
+    from fae_torchrec.launch_standins import BatchCounter, Profiled, stand_ins
+
+    config = LaunchConfig.from_dict(job["config"])
+    share = (max(1, kept // job["world_size"]) for kept in (_KEPT_INPUTS, _FRESH_INPUTS))
+    sampling = Sampling(config.profile_rate, config.seed, *share)
+    stream = None if job["bar"] is None else os.fdopen(job["bar"], "w")
+    bar = tqdm(total=config.profile_batches, desc="profile", unit="batch", file=stream, disable=stream is None)
+
+    def step() -> None:
+        bar.update()
+
+    counter = BatchCounter(job["rank"], config.profile_batches, sampling, config.stock_tables, step)
+    failure = None
+    try:
+        with replaced(stand_ins(counter)):
+            ScriptRun(job["target"], tuple(job["arguments"]), job["is_module"]).run()
+        ended = "the script ended"
+    except Profiled as reason:
+        ended = str(reason)
+    except FAEError as error:
+        return error
+    except SystemExit as leave:
+        ended = f"the script left with exit code {leave.code}"
+        failure = ended if leave.code not in (None, 0) else None
+    except BaseException as error:
+        if type(error).__name__ == "PlannerError":
+            return FAEError(str(error))
+        traceback.print_exc()
+        ended = failure = f"the script raised {type(error).__name__}"
+    return counter.counted(ended), failure
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
