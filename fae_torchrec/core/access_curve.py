@@ -93,10 +93,10 @@ class AccessCurve:
         unseen = counts.rows - counts.ids.size
         if not levels.size:
             return cls(np.array([float(counts.rows)]), np.array([1.0 / counts.rows]), lookups, 0)
-        if levels.size > _MOST_LEVELS:
-            levels, rows_at = _thinned(levels, rows_at)
         total = float((levels * rows_at).sum())
         once = float(rows_at[-1]) if levels[-1] == 1 else 0.0
+        if levels.size > _MOST_LEVELS:
+            levels, rows_at = _thinned(levels, rows_at)
         # Unseen rows cannot be likelier than those seen once, and where all accesses are first ones nothing is known of the rest.
         missing = min(once / total, unseen / (counts.rows or 1)) if unseen else 0.0
         chance = levels / total * (1 - missing)
@@ -106,16 +106,18 @@ class AccessCurve:
         chance *= (1 - rest * unseen) / (1 - missing)
         return cls(np.append(rows_at, float(unseen)), np.append(chance, rest), lookups, len(rows_at))
 
-    def distinct(self, samples: float, mass: Floats | None = None) -> Floats:
+    def distinct(self, samples: float, mass: Floats | None = None, part: Floats | None = None) -> Floats:
         """Expected distinct rows by bin that samples look up: float64 [bins].
 
         Args:
             samples: that look up `lookups` ids each.
             mass: share of lookups by bin, where these samples are not like all: float64 [bins]; it may add up to less than 1.
+            part: share of each bin's rows that `mass` goes to, where not to all of them: float64 [bins].
         """
-        chance = self.chance if mass is None else np.divide(mass, self.rows)
+        rows = self.rows if part is None else self.rows * part
+        chance = self.chance if mass is None else np.divide(mass, rows, out=np.zeros_like(rows), where=rows > 0)
         misses = np.log1p(-np.minimum(chance, 1 - 1e-12))
-        found: Floats = -self.rows * np.expm1(self.lookups * samples * misses)
+        found: Floats = -rows * np.expm1(self.lookups * samples * misses)
         return found
 
 
@@ -137,7 +139,11 @@ def _integral(ranks: Floats, exponent: float) -> Floats:
 
 
 def _thinned(levels: Floats, rows_at: Floats) -> tuple[Floats, Floats]:
-    """Fewer levels: neighbours among the many joined, which keeps their rows and accesses."""
-    cuts = np.unique(np.linspace(0, len(levels), _MOST_LEVELS + 1).astype(np.int64))[:-1]
+    """Fewer levels: those within half a per cent or so of each other joined, which keeps their rows and accesses.
+
+    Small levels, of which each has many rows, are further apart than that.
+    """
+    bins = np.floor(np.log(levels) / np.log(levels[0]) * (_MOST_LEVELS - 1))
+    cuts = np.flatnonzero(np.diff(bins, prepend=bins[0] + 1))
     rows = np.add.reduceat(rows_at, cuts)
     return np.add.reduceat(levels * rows_at, cuts) / rows, rows

@@ -131,7 +131,8 @@ class HotShare:
         hot_rows: by table.
         hot_inputs: share of samples that are all hot.
         coverage: by table, share of its lookups that are hot.
-        of_hot: by table, where the lookups of hot samples go: float64 [bins].
+        of_hot: by table, where the lookups of hot samples go, all of them hot rows: float64 [bins]; adds up to 1, or to less where hot
+            samples look up fewer ids of the table than the others.
         of_cold: by table, the same of cold samples.
     """
 
@@ -198,7 +199,7 @@ class AccessModel:
             places = find_slots(counts.ids, inputs.values[feature])
             seen = np.where(places >= 0, counts.counts[np.maximum(places, 0)] if counts.ids.size else 0, 0)
             # The curve's chance, not the plain share of counts, so that both compare alike with a density.
-            scale = float(curves[name].chance[0]) / max(float(counts.counts.max()) if counts.counts.size else 1.0, 1.0)
+            scale = float(curves[name].mass[: curves[name].seen].sum()) / max(counts.total, 1)
             np.minimum.at(least, inputs.input_of_id(feature), seen * scale * curves[name].lookups / table.row_bytes)
         return cls(tables, curves, Sampled(least), f"profile {profile.fingerprint}")
 
@@ -256,7 +257,7 @@ class AccessModel:
         densities, sizes = densities[free], sizes[free]
         ends = sizes.cumsum()
         if not len(ends) or ends[-1] <= room:
-            return (float(densities[-1]), 1.0) if len(ends) else (np.inf, 0.0)
+            return (float(densities[-1]), 1.0) if len(ends) else (np.inf, 1.0)  # infinite: a sample of pinned tables' ids alone is hot
         density = float(densities[int(np.searchsorted(ends, room, side="right"))])
         above, equal = float(sizes[densities > density].sum()), float(sizes[densities == density].sum())
         return density, (room - above) / equal
@@ -267,7 +268,9 @@ class AccessModel:
         coverage = np.array([float(curve.mass @ part) for curve, part in zip(self.curves, hot, strict=True)])
         if all(bool((part >= 1).all()) for part in hot):
             hot_inputs = 1.0
-        of_hot = tuple(self._joint.mass_of_hot(self.curves, hot, number) for number in range(len(hot)))
+        # Where more samples are hot than lookups (many empty bags), hot samples have only those.
+        most = np.minimum(coverage / max(hot_inputs, 1e-12), 1.0)
+        of_hot = tuple(self._joint.mass_of_hot(self.curves, hot, number) * most[number] for number in range(len(hot)))
         of_cold = tuple(
             np.maximum(curve.mass - hot_inputs * own, 0.0) / (1 - hot_inputs) if hot_inputs < 1 else np.zeros_like(curve.mass)
             for curve, own in zip(self.curves, of_hot, strict=True)

@@ -6,7 +6,7 @@ this package moves; then divided by the rates of a `Hardware`. Nothing is taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +16,13 @@ from fae_torchrec.core.access_curve import AccessCurve, Floats
 from fae_torchrec.core.access_model import AccessModel, HotShare
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.hardware import Hardware
-from fae_torchrec.core.tables import TableSet
+from fae_torchrec.core.tables import Optimizer, TableSet
 
 Stock = Literal["hbm", "uvm", "by_table", "uvm_caching", "prefetch", "host"]
 HotTier = Literal["replicated", "sharded"]
+Kind = Literal["hot", "cold"]
 
+_KINDS: tuple[Kind, Kind] = ("hot", "cold")
 _ID_BYTES = 8
 _LENGTH_BYTES = 4
 _SLOT_BYTES = 4  # of a hot row's number as it travels
@@ -164,7 +166,7 @@ class CostModel:
         lookups = job.batch_size * self._lookups
         touched = self._distinct / ranks
         pooled = 4 * job.batch_size * float(self._features @ self._dims)
-        work = self._dense().plus(tiers=1.0, **self._exchange(lookups, self._features, ids=float(lookups.sum())))
+        work = self._dense().plus(tiers=1.0, **self._exchange(self._features, ids=float(lookups.sum())))
         if placement == "host" and self.hardware.device == "cuda":
             work = work.plus(link_bytes=2 * pooled, fast_bytes=2 * pooled)
             return work.plus(**self._lookup("host", lookups, touched))
@@ -192,9 +194,7 @@ class CostModel:
         whole[order[size[order].cumsum() <= room]] = 1.0
         return whole
 
-    def fae(
-        self, share: HotShare, kind: Literal["hot", "cold"], cold_tier: str, *, split_ahead: bool, hot_tier: HotTier = "replicated"
-    ) -> Work:
+    def fae(self, share: HotShare, kind: Kind, cold_tier: str, *, split_ahead: bool, hot_tier: HotTier = "replicated") -> Work:
         """A step of hot and cold tiers.
 
         Args:
@@ -205,13 +205,12 @@ class CostModel:
             hot_tier: every rank has all hot rows, or they are spread over the ranks table-wise.
         """
         job, ranks = self.job, self.job.ranks
-        mass = share.of(kind)
-        hot_mass = [whole * part for whole, part in zip(mass, share.hot, strict=True)]
+        hot_mass, cold_mass = self._tier_masses(share, kind)
         lookups = job.batch_size * self._lookups * np.array([float(of_table.sum()) for of_table in hot_mass])
-        own, union = (self._hot_rows(share, mass, samples) for samples in (job.batch_size, job.batch_size * ranks))
+        own, union = (self._distinct_rows(hot_mass, samples, share.hot) for samples in (job.batch_size, job.batch_size * ranks))
         pooled = 4 * job.batch_size * float(self._features @ self._dims)
         if hot_tier == "sharded":
-            updated, more = union / ranks, self._exchange(lookups, self._features, ids=float(lookups.sum()))
+            updated, more = union / ranks, self._exchange(self._features, ids=float(lookups.sum()))
         else:
             updated, more = self._hot_exchange(own, union)
         work = self._dense().plus(tiers=1.0, fast_bytes=2 * pooled).plus(**self._lookup("fast", lookups, updated)).plus(**more)
@@ -219,11 +218,10 @@ class CostModel:
             work = work.plus(split_ids=job.batch_size * float(self._lookups.sum()))
         if kind == "hot":
             return work
-        cold_mass = [whole * (1 - part) for whole, part in zip(mass, share.hot, strict=True)]
         cold = job.batch_size * self._lookups * np.array([float(of_table.sum()) for of_table in cold_mass])
-        touched = self._distinct_rows(cold_mass, job.batch_size * ranks) / ranks
+        touched = self._distinct_rows(cold_mass, job.batch_size * ranks, [1 - part for part in share.hot]) / ranks
         has_cold = np.array([float((part < 1).any()) for part in share.hot])
-        work = work.plus(tiers=1.0, **self._exchange(cold, self._features * has_cold, ids=float(cold.sum())))
+        work = work.plus(tiers=1.0, **self._exchange(self._features * has_cold, ids=float(cold.sum())))
         pooled = 4 * job.batch_size * float((self._features * self._dims) @ has_cold)
         if self.hardware.device == "cpu":
             return work.plus(fast_bytes=2 * pooled).plus(**self._lookup("host", cold, touched))
@@ -239,8 +237,21 @@ class CostModel:
         hot = self.fae(share, "hot", cold_tier, split_ahead=split_ahead, hot_tier=hot_tier)
         return hot.mixed(self.fae(share, "cold", cold_tier, split_ahead=split_ahead, hot_tier=hot_tier), share.hot_inputs)
 
-    def fast_bytes(self, placement: Stock | Literal["fae"], budget_bytes: float = 0.0) -> float:
-        """Fast memory per rank that the tables take: rows, caches, and FBGEMM's row-wise state and map of rows behind a cache."""
+    def epoch_seconds(self, share: HotShare, cold_tier: str, *, split_ahead: bool, hot_tier: HotTier = "replicated") -> float:
+        """Mean seconds of those steps. Batches of a kind come in runs, so the host cannot queue hot steps while cold ones take longer."""
+        hot, cold = (
+            step_seconds(self.fae(share, kind, cold_tier, split_ahead=split_ahead, hot_tier=hot_tier), self.hardware) for kind in _KINDS
+        )
+        return share.hot_inputs * hot + (1 - share.hot_inputs) * cold
+
+    def fast_bytes(self, placement: Stock | Literal["fae"], budget_bytes: float = 0.0, cold_tier: str = "uvm") -> float:
+        """Fast memory per rank that the tables take: rows, caches, and FBGEMM's row-wise state and map of rows behind a cache.
+
+        Args:
+            placement: of stock TorchRec, or "fae".
+            budget_bytes: for hot rows, cached rows or whole tables.
+            cold_tier: of "fae", as in `fae`.
+        """
         tables, ranks = self.job.tables, self.job.ranks
         rows = sum(table.rows for table in tables) / ranks
         if self.hardware.device == "cpu" or placement == "hbm":
@@ -248,8 +259,8 @@ class CostModel:
             return whole + (budget_bytes if placement == "fae" else 0.0) if self.hardware.device == "cpu" else whole
         if placement == "host":
             return 0.0
-        beside = rows * _ROWWISE_STATE_BYTES
-        if placement in ("uvm_caching", "prefetch"):
+        beside = _ROWWISE_STATE_BYTES * sum(table.rows for table in tables if table.optimizer is Optimizer.ROWWISE_ADAGRAD) / ranks
+        if placement in ("uvm_caching", "prefetch") or (placement == "fae" and cold_tier == "uvm_caching"):
             beside += 4 * rows
         return beside + (0.0 if placement == "uvm" else budget_bytes)
 
@@ -271,7 +282,7 @@ class CostModel:
         gradients = self._links.reduced(4 * self.job.dense_parameters) if self.job.ranks > 1 else {}
         return Work(flops=6 * self.job.dense_macs * self.job.batch_size).plus(**gradients)
 
-    def _exchange(self, lookups: Floats, features: Floats, ids: float) -> dict[str, float]:
+    def _exchange(self, features: Floats, ids: float) -> dict[str, float]:
         """The input dist of ids and lengths, and pooled rows and their gradients, all to all."""
         if self.job.ranks == 1 or not features.any():
             return {}
@@ -312,13 +323,23 @@ class CostModel:
         found: Floats = times * self._weights + 2 * np.where(state > _ROWWISE_STATE_BYTES, state, 0.0)
         return found
 
-    def _distinct_rows(self, mass: list[Floats], samples: float) -> Floats:
-        return np.array([float(curve.distinct(samples, of).sum()) for curve, of in zip(self.access.curves, mass, strict=True)])
+    def _distinct_rows(self, masses: Sequence[Floats], samples: float, parts: Sequence[Floats] | None = None) -> Floats:
+        """By table, the distinct rows that samples look up; `parts` as of AccessCurve.distinct."""
+        some: Sequence[Floats | None] = parts or [None] * len(masses)
+        found = (curve.distinct(samples, mass, part) for curve, mass, part in zip(self.access.curves, masses, some, strict=True))
+        return np.array([float(of_table.sum()) for of_table in found])
 
-    def _hot_rows(self, share: HotShare, mass: tuple[Floats, ...], samples: float) -> Floats:
-        """Distinct hot rows by table. Of a bin that is partly hot the same share of what is touched is."""
-        found = (curve.distinct(samples, of) @ part for curve, of, part in zip(self.access.curves, mass, share.hot, strict=True))
-        return np.array([float(count) for count in found])
+    def _tier_masses(self, share: HotShare, kind: Kind) -> tuple[list[Floats], list[Floats]]:
+        """Where the lookups of one kind of samples go, by table and bin: those of hot rows, and those of cold rows.
+
+        All that goes to cold rows is of cold samples. A bin that is partly hot has both.
+        """
+        whole = share.of(kind)
+        if kind == "hot" or share.hot_inputs >= 1:
+            return list(whole), [np.zeros_like(of_table) for of_table in whole]
+        curves = self.access.curves
+        cold = [curve.mass * (1 - part) / (1 - share.hot_inputs) for curve, part in zip(curves, share.hot, strict=True)]
+        return [np.maximum(of_table - of_cold, 0.0) for of_table, of_cold in zip(whole, cold, strict=True)], cold
 
 
 @dataclass(frozen=True)
@@ -351,7 +372,7 @@ def _solved(rising: Callable[[float], float], wanted: float) -> float:
     low, high = 0.0, 1.0
     while rising(high) < wanted and high < 1e15:
         low, high = high, 4 * high
-    while high - low > 1e-3 * high:
+    while high - low > 1e-3 * high and high > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < wanted else (low, middle)
     return high

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.device not in ("cuda", "cpu"):
             raise ConfigError(f"hardware {self.name!r}: device {self.device!r} is not one of ['cuda', 'cpu']; name one of those")
+        for key in (*_POSITIVE, *_SECONDS):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ConfigError(f"hardware {self.name!r}: {key} must be a number, received {value!r}")
+        if not float(self.ranks_per_host).is_integer():
+            raise ConfigError(f"hardware {self.name!r}: ranks_per_host must be a whole number, received {self.ranks_per_host}")
         for key in _POSITIVE:
             value = getattr(self, key)
             if not value > 0:
@@ -90,7 +97,7 @@ class Hardware:
         given = dict(values)
         base = given.pop("base", None)
         if base is not None:
-            given = {**hardware_preset(base).to_json(), "name": f"{base}, changed", **given}
+            given = {**hardware_preset(str(base)).to_json(), "name": f"{base}, changed", **given}
         known = {field.name for field in fields(cls)}
         if unknown := sorted(given.keys() - known):
             raise ConfigError(f"hardware: unknown keys {unknown}; allowed are {sorted(known)} and 'base', the name of a preset")
@@ -198,9 +205,11 @@ def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as hardware ({error}); `fae measure --output {path}` writes such a file") from None
+    if isinstance(values, dict):
+        values = values.get("hardware", values)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: received a {type(values).__name__}, a JSON object is needed; `fae measure` writes one")
     try:
-        return Hardware.from_json(values.get("hardware", values))
+        return Hardware.from_json(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

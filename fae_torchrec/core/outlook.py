@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fae_torchrec.core.access_curve import Floats
@@ -41,6 +41,7 @@ _DENSE_COPIES = 3  # weights, gradients and optimizer state
 _ACTIVATIONS = 4  # pooled rows, their gradient and two buffers of collectives
 _PAYS = 1.05  # times as fast as the best stock placement, from which FAE is advised
 _ALIKE = 0.7  # of what whole tables of the same bytes leave cold, what hot rows leave cold: above it nothing is popular in a table
+_ALL = 0.999  # of the lookups, from which as good as all are hot
 _PREFETCH_SHARE = 0.25  # of the budget, for the cache of cold rows where several ranks train
 
 
@@ -52,8 +53,8 @@ class Option:
         placement: a key of `NAMES`.
         budget_bytes: fast memory per rank for hot rows and a cache, or a cache; 0 where the placement has no budget.
         work: of the mean step.
-        step_s: seconds of it.
-        parts: seconds of its parts; on CUDA `steps` runs beside the rest.
+        step_s: seconds of a step, the mean.
+        parts: seconds of the mean step's parts; on CUDA `steps` runs beside the rest.
         fast_bytes: per rank, tables and the dense part.
         host_bytes: per rank.
         refused: why it cannot be; empty if it can.
@@ -84,9 +85,13 @@ class Option:
 
     @property
     def dominated_by(self) -> str:
-        """The part that takes longest, in words."""
+        """The part that takes longest, in words; not the host where it runs beside a device that takes longer in all."""
         grouped: dict[str, float] = {}
+        device_s = sum(self.parts.values()) - self.parts["steps"]
+        hidden = self.parts["steps"] < device_s and self.step_s < 0.999 * (self.parts["steps"] + device_s)
         for part, seconds in self.parts.items():
+            if hidden and part == "steps":
+                continue
             grouped[PARTS[part]] = grouped.get(PARTS[part], 0.0) + seconds
         return max(grouped, key=lambda words: grouped[words])
 
@@ -161,6 +166,13 @@ def look_out(model: CostModel, budgets: Sequence[int], pinned_max_rows: int = 10
     """
     if not budgets:
         raise ConfigError("a what-if needs at least one budget, received none; give shares of the tables' bytes such as 1%")
+    budgets = sorted(set(budgets))
+    least = sum(table.total_bytes for table in model.job.tables if table.rows <= pinned_max_rows)
+    if budgets[0] < least:
+        raise BudgetError(
+            f"the smallest budget is {budgets[0]} bytes, tables of at most {pinned_max_rows} rows, which are always hot, take {least}; "
+            "give at least that, or pin fewer tables"
+        )
     options = (*_stock(model, budgets), *_fae(model, budgets, pinned_max_rows))
     pays, advice = _advice(model, options)
     return Outlook(model, options, pays, advice)
@@ -199,9 +211,16 @@ def _fae(model: CostModel, budgets: Sequence[int], pinned_max_rows: int) -> Iter
             hot_bytes = min(round(hot_part * budget) * copies, tables.total_bytes)
             least = sum(table.total_bytes for table in tables if table.rows <= pinned_max_rows)
             share = model.access.share(max(hot_bytes, least), pinned_max_rows)
-            work = model.epoch(share, cold, split_ahead=ahead, hot_tier=tier)
-            coverage = _lookups_of(model, share.coverage)
-            yield _option(model, placement, budget, work, tables.total_bytes / ranks, hot_inputs=share.hot_inputs, coverage=coverage)
+            option = _option(
+                model,
+                placement,
+                budget,
+                model.epoch(share, cold, split_ahead=ahead, hot_tier=tier),
+                tables.total_bytes / ranks,
+                hot_inputs=share.hot_inputs,
+                coverage=_lookups_of(model, share.coverage),
+            )
+            yield replace(option, step_s=model.epoch_seconds(share, cold, split_ahead=ahead, hot_tier=tier))
 
 
 def _lookups_of(model: CostModel, shares: Floats) -> float:
@@ -213,7 +232,7 @@ def _lookups_of(model: CostModel, shares: Floats) -> float:
 def _option(model: CostModel, placement: Any, budget: int, work: Work, host_bytes: float, **more: float) -> Option:
     job, hardware = model.job, model.hardware
     pooled = 4 * job.batch_size * sum(table.dim * len(table.feature_names) for table in job.tables)
-    tables = model.fast_bytes("fae" if placement == "fae_sharded" else placement, budget)
+    tables = model.fast_bytes("fae" if placement == "fae_sharded" else placement, budget, fae_cold_tier(model))
     fast = tables + 4 * _DENSE_COPIES * job.dense_parameters + _ACTIVATIONS * pooled
     refused = ""
     if fast > (1 - _HEADROOM) * hardware.fast_bytes:
@@ -237,10 +256,13 @@ def _advice(model: CostModel, options: Sequence[Option]) -> tuple[bool, str]:
         return True, f"No stock placement fits here; FAE does, with {budget} of fast memory: {_ms(ours)} a step."
     gain = stock.step_s / ours.step_s
     compared = f"the best it would do is {_ms(ours)} a step with {budget}, {stock.name} takes {_ms(stock)}"
-    whole = next((o.coverage for o in options if o.placement == "by_table" and o.budget_bytes == ours.budget_bytes), None)
-    if whole is not None and 1 - ours.coverage > _ALIKE * (1 - whole) and stock.placement != "hbm":
+    # Of as many bytes as all hot rows have together; copied to every rank they would save the same exchange.
+    whole = _lookups_of(model, model.whole_tables(ours.budget_bytes / (model.job.ranks if ours.placement == "fae" else 1)))
+    some_cold, one_memory = ours.coverage < _ALL, stock.placement == "hbm" or model.hardware.device == "cpu"
+    if 1 - ours.coverage >= _ALIKE * (1 - whole) and (gain >= _PAYS or (some_cold and not one_memory)):
+        why = "a table's rows are accessed nearly alike" if some_cold else "whole tables fit where hot rows do"
         return False, (
-            f"FAE does not pay here, because a table's rows are accessed nearly alike: hot rows take {ours.coverage:.1%} of the lookups, "
+            f"FAE does not pay here, because {why}: hot rows take {ours.coverage:.1%} of the lookups, "
             f"whole tables of the same bytes {whole:.1%}, which TorchRec's own planner places ({compared})."
         )
     if gain >= _PAYS:
@@ -249,7 +271,7 @@ def _advice(model: CostModel, options: Sequence[Option]) -> tuple[bool, str]:
             f"{ours.hot_inputs:.1%} of the inputs and {ours.coverage:.1%} of the lookups are hot. A step is dominated by "
             f"{ours.dominated_by}."
         )
-    if stock.placement == "hbm" or (stock.placement == "host" and model.hardware.device == "cpu"):
+    if one_memory:
         why = "all tables fit into fast memory" if stock.placement == "hbm" else "the memory of a CPU is as fast for all rows"
     elif ours.coverage >= 0.8 and ours.hot_inputs < 0.05:
         lookups = sum(curve.lookups for curve in model.access.curves)
@@ -274,7 +296,7 @@ def budgets_of(total_bytes: int, shares: Sequence[float], least_bytes: int) -> l
     Raises:
         BudgetError: none is left.
     """
-    found = sorted({round(share * total_bytes) for share in shares})
+    found = sorted({round(share * total_bytes) for share in shares}) or [0]
     kept = [budget for budget in found if budget >= least_bytes]
     if not kept:
         raise BudgetError(f"the largest budget is {found[-1]} bytes, tables that are always hot take {least_bytes}; give a larger one")
