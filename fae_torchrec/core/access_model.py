@@ -17,6 +17,8 @@ from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.row_ids import find_slots
 from fae_torchrec.core.tables import TableSet
 
+_SAME = 1e-9  # relative difference of densities that are the same
+_GROUPS = 64  # of a table's bins, in each of which the share of hot samples is counted
 _LEVELS = 128  # of the integral over what a coupled sample's features share
 
 
@@ -33,7 +35,7 @@ class Joint(Protocol):
             partly: share of the rows of exactly this density that is hot.
         """
 
-    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int) -> Floats:
+    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int, density: float) -> Floats:
         """Where the lookups of hot samples go in table `number`: float64 [bins], adds up to 1 (or 0 if there are no hot samples)."""
 
 
@@ -44,7 +46,7 @@ class Independent:
         """See `Joint`."""
         return float(np.prod([float(curve.mass @ part) ** curve.lookups for curve, part in zip(curves, hot, strict=True)]))
 
-    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int) -> Floats:
+    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int, density: float) -> Floats:
         """See `Joint`."""
         mass = curves[number].mass * hot[number]
         total = float(mass.sum())
@@ -65,7 +67,7 @@ class Coupled:
         """See `Joint`."""
         return float(np.exp(self._log_hot(curves, hot).sum(axis=0)).mean())
 
-    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int) -> Floats:
+    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int, density: float) -> Floats:
         """See `Joint`."""
         logs = self._log_hot(curves, hot)
         others = np.exp(logs.sum(axis=0) - logs[number])
@@ -97,27 +99,63 @@ class Coupled:
         return logs
 
 
+@dataclass(frozen=True, eq=False)
+class KeptIds:
+    """The ids of one table in whole samples that were kept.
+
+    Attributes:
+        samples: int64 [ids], which sample each belongs to.
+        bins: int64 [ids], which bin of the table's access curve.
+    """
+
+    samples: npt.NDArray[np.int64]
+    bins: npt.NDArray[np.int64]
+
+
+_KEPT = ("samples", "bins")
+
+
 class Sampled:
     """Whole samples that were kept: a sample is hot from the budget on that makes its least accessed id hot.
 
     Args:
         densities: float64 [samples], of each one's least accessed id, lookups per sample and byte; infinite for pinned tables' ids.
+        kept: of each table.
     """
 
-    def __init__(self, densities: Floats) -> None:
-        self._densities = np.sort(densities)
-        self._independent = Independent()
+    def __init__(self, densities: Floats, kept: Sequence[KeptIds]) -> None:
+        self._densities, self._kept = densities, kept
 
     def hot_inputs(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], density: float, partly: float) -> float:
         """See `Joint`."""
-        slack = 1e-9 * density if np.isfinite(density) else 0.0  # both come from counts, by different roundings
-        first = int(np.searchsorted(self._densities, density - slack, side="left"))
-        last = int(np.searchsorted(self._densities, density + slack, side="right"))
-        return (len(self._densities) - last + partly * (last - first)) / max(len(self._densities), 1)
+        low, high = _around(density)
+        cold, above = int((self._densities < low).sum()), int((self._densities > high).sum())
+        equal = len(self._densities) - cold - above
+        return (above + partly * equal) / max(len(self._densities), 1)
 
-    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int) -> Floats:
-        """See `Joint`; as if every lookup of a hot sample were one of the hot ones, whatever the others are."""
-        return self._independent.mass_of_hot(curves, hot, number)
+    def mass_of_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats], number: int, density: float) -> Floats:
+        """See `Joint`; how often a sample is hot that looks up a row of some bins, told from those that were kept."""
+        curve, kept = curves[number], self._kept[number]
+        groups = _groups(curve)
+        of_ids, is_hot = groups[kept.bins], self._densities[kept.samples] >= _around(density)[0]
+        seen = np.bincount(of_ids, minlength=groups[-1] + 1)
+        share = np.bincount(of_ids[is_hot], minlength=groups[-1] + 1) / np.maximum(seen, 1)
+        mass: Floats = curve.mass * hot[number] * share[groups]
+        total = float(mass.sum())
+        return mass / total if total else mass
+
+
+def _around(density: float) -> tuple[float, float]:
+    """What counts as the same density: both come from counts, by different roundings."""
+    slack = _SAME * density if np.isfinite(density) else 0.0
+    return density - slack, density + slack
+
+
+def _groups(curve: AccessCurve) -> npt.NDArray[np.int64]:
+    """Bins joined to some that take alike shares of the lookups, numbered: int64 [bins], ascending."""
+    middle = np.minimum((1 - curve.tail + 0.5 * curve.mass) * _GROUPS, _GROUPS - 1).astype(np.int64)
+    numbers: npt.NDArray[np.int64] = np.unique(middle, return_inverse=True)[1].astype(np.int64)
+    return numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,16 +230,20 @@ class AccessModel:
         found = profile.counts
         curves = {name: AccessCurve.counted(found[name], found[name].total / profile.num_samples) for name in tables.names}
         least = np.full(inputs.num_samples, np.inf)
+        kept: dict[str, list[KeptIds]] = {name: [] for name in tables.names}
         for name, feature in tables.lookups:
-            table, counts = tables[name], profile.counts[name]
-            if table.rows <= pinned_max_rows:
-                continue
+            table, counts, curve = tables[name], profile.counts[name], curves[name]
             places = find_slots(counts.ids, inputs.values[feature])
             seen = np.where(places >= 0, counts.counts[np.maximum(places, 0)] if counts.ids.size else 0, 0)
             # The curve's chance, not the plain share of counts, so that both compare alike with a density.
-            scale = float(curves[name].mass[: curves[name].seen].sum()) / max(counts.total, 1)
-            np.minimum.at(least, inputs.input_of_id(feature), seen * scale * curves[name].lookups / table.row_bytes)
-        return cls(tables, curves, Sampled(least), f"profile {profile.fingerprint}")
+            chance = seen * (float(curve.mass[: curve.seen].sum()) / max(counts.total, 1))
+            bins = np.searchsorted(-curve.chance, -chance * (1 + _SAME), side="left")
+            samples = inputs.input_of_id(feature)
+            kept[name].append(KeptIds(samples, np.minimum(bins, len(curve.chance) - 1)))
+            if table.rows > pinned_max_rows:
+                np.minimum.at(least, samples, chance * curve.lookups / table.row_bytes)
+        joined = [KeptIds(*(np.concatenate([getattr(of, part) for of in of_table]) for part in _KEPT)) for of_table in kept.values()]
+        return cls(tables, curves, Sampled(least, joined), f"profile {profile.fingerprint}")
 
     def share(self, budget_bytes: int, pinned_max_rows: int = 1024) -> HotShare:
         """What a budget makes hot: tables of at most `pinned_max_rows` rows, and of the others the rows of the greatest density.
@@ -270,7 +312,7 @@ class AccessModel:
             hot_inputs = 1.0
         # Where more samples are hot than lookups (many empty bags), hot samples have only those.
         most = np.minimum(coverage / max(hot_inputs, 1e-12), 1.0)
-        of_hot = tuple(self._joint.mass_of_hot(self.curves, hot, number) * most[number] for number in range(len(hot)))
+        of_hot = tuple(self._joint.mass_of_hot(self.curves, hot, number, density) * most[number] for number in range(len(hot)))
         of_cold = tuple(
             np.maximum(curve.mass - hot_inputs * own, 0.0) / (1 - hot_inputs) if hot_inputs < 1 else np.zeros_like(curve.mass)
             for curve, own in zip(self.curves, of_hot, strict=True)
