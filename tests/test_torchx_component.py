@@ -110,8 +110,16 @@ def test_a_script_is_launched_under_torchrun() -> None:
     ]
     assert (words[words.index("--nnodes") + 1], words[words.index("--nproc_per_node") + 1], role.num_replicas) == ("2", "4", 2)
     assert words[words.index("--rdzv_endpoint") + 1].endswith(":29511") and role.env["GLOO_SOCKET_IFNAME"] == "eth1"
-    with pytest.raises(SystemExit):
-        materialize("launch", "--config", "fae.json")  # no script
+    more = ["--output", "out", "--overrides", "hbm_budget=1GiB,fresh=true"]
+    (role,) = materialize("launch", "--config", "fae.json", "--m", "my.train", *more, "--", "--epochs", "2").roles
+    words = shlex.split(role.args[1])
+    assert words[words.index("launch") :] == [
+        *("launch", "--config", "fae.json", "--output", "out", "--set", "hbm_budget=1GiB", "--set", "fresh=true"),
+        *("-m", "my.train", "--epochs", "2"),
+    ]
+    for neither_or_both in ([], ["--script", "train.py", "--m", "my.train"]):
+        with pytest.raises(ValueError, match="give either a script or a module"):
+            materialize("launch", "--config", "fae.json", *neither_or_both)
 
 
 @pytest.mark.parametrize("component", [*ONE_PROCESS, *RANKS])

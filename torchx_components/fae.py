@@ -252,8 +252,11 @@ def train(
 
 def launch(
     *args: str,
-    script: str,
     config: str,
+    script: str = "",
+    m: str = "",
+    output: str = "",
+    overrides: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
     j: str = "1x2",
     image: str = "",
     python: str = sys.executable,
@@ -261,7 +264,7 @@ def launch(
     gpu: int = 0,
     memMB: int = 8192,
     h: str = "",
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045 - torchx 0.7 reads only these spellings
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
     rdzv_port: int = 29500,
     max_restarts: int = 0,
@@ -271,8 +274,11 @@ def launch(
 
     Args:
         args: the script's own arguments, after `--`, such as `-- --epochs 1 --batch_size 2048`
+        config: how to launch, a JSON or YAML file; the smallest is {"hbm_budget": "64MiB"}
         script: the training script, a Python file
-        config: what FAE is to do, a JSON or YAML file of `fae launch`; the smallest is {"hbm_budget": "64MiB"}
+        m: the training script as a Python module, instead of a file
+        output: folder of what is written (default: what the config says)
+        overrides: config keys to override, such as hbm_budget=1GiB,profile_batches=200
         j: nodes x processes on each node; with GPUs, at most as many processes as GPUs
         image: image to run in; for local_cwd and slurm the current folder, whatever this says
         python: interpreter inside the image (default: the one that runs torchx)
@@ -286,8 +292,11 @@ def launch(
         max_restarts: times that torchrun starts all ranks again after one has failed
         max_retries: times that the scheduler starts the job again, where it can
     """
+    if bool(script) == bool(m):
+        raise ValueError(f"give either a script or a module, --script or --m; received script={script!r} and m={m!r}")
+    arguments = _cli_arguments("launch", config, output, overrides, ((script,) if script else ("-m", m)) + args)
     app = ddp(
-        *("launch", "--config", config, script, *args),
+        *arguments,
         m=_CLI,
         image=image,
         name="fae-launch",
