@@ -147,7 +147,7 @@ def _of(session: Session, base: type) -> type:
     replaced = next(
         name for name in ("EmbeddingShardingPlanner", "TrainPipelineSparseDist") if any(c.__name__ == name for c in base.__mro__)
     )
-    return type(replaced, (base,), {"_session": session, "__doc__": base.__doc__})
+    return type(replaced, (base,), {"_session": session, "__doc__": base.__doc__, "__module__": __name__})
 
 
 class _Planner(EmbeddingShardingPlanner):

@@ -166,11 +166,11 @@ def stand_ins(counter: BatchCounter) -> dict[str, Any]:
         raise StopIteration
 
     pipelines = (TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist, TrainPipelineBase)
-    own = {"_counter": counter}
+    own = {"_counter": counter, "__module__": __name__}
     return {
         "EmbeddingShardingPlanner": type("EmbeddingShardingPlanner", (_Planner,), own),
         "DistributedModelParallel": type("DistributedModelParallel", (_Model,), own),
-        **{base.__name__: type(base.__name__, (base,), {"progress": progress}) for base in pipelines},
+        **{base.__name__: type(base.__name__, (base,), {"progress": progress, "__module__": __name__}) for base in pipelines},
     }
 
 

@@ -6,12 +6,16 @@ import ast
 import importlib
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from fae_torchrec.cli import _parser
 from fae_torchrec.config import load_config
+from fae_torchrec.launch import parser as launch_parser
+from fae_torchrec.launch import split_arguments
+from fae_torchrec.launch_config import LaunchConfig, load_launch_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -65,6 +69,12 @@ def test_commands_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = re.findall(r"^\$ .*?(?:bin/fae|fae_torchrec\.cli) (.+)$", PAGES[name], flags=re.MULTILINE)
     assert commands or name not in ("checkpoints.md", "data.md", "selection.md", "training.md")
     for command in commands:
+        if command.startswith("launch "):
+            options, script = split_arguments(shlex.split(command)[1:])
+            arguments = launch_parser("fae launch").parse_args(options)
+            load_launch_config(arguments.config, arguments.set)
+            assert script
+            continue
         arguments = _parser().parse_args(shlex.split(command))
         load_config(arguments.config, arguments.set)
 
@@ -75,6 +85,13 @@ def test_linked_files_and_sections_exist(name: str) -> None:
         file, _, anchor = target.partition("#")
         assert (ROOT / "docs" / file).exists(), target
         assert not anchor or anchor in _anchors(PAGES[file or name]), target
+
+
+def test_launch_page_has_every_key() -> None:
+    table = PAGES["launch.md"].partition("## The config")[2].partition("## launch.json")[0]
+    assert {key for row in re.findall(r"^\| (`.+?`) \|", table, flags=re.MULTILINE) for key in re.findall(r"`(\w+)`", row)} == {
+        item.name for item in fields(LaunchConfig)
+    }
 
 
 def _anchors(page: str) -> set[str]:
