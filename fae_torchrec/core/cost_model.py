@@ -177,8 +177,7 @@ class CostModel:
             whole = self.whole_tables(cache_bytes) if placement == "by_table" else np.zeros(len(lookups))
             work = work.plus(**self._lookup("fast", lookups * whole, touched * whole))
             return work.plus(**self._uvm(lookups * (1 - whole), touched * (1 - whole)))
-        missed = self.cache_misses(cache_bytes) / max(float(self._distinct.sum()), 1e-9)
-        traffic = missed * float(touched @ self._link_bytes(2.0))
+        traffic = float(self._missed(cache_bytes) @ self._link_bytes(2.0)) / ranks
         known = 1.0 if placement == "prefetch" else _WITHOUT_PREFETCH
         return work.plus(link_bytes=traffic, cache_ids=known * float(lookups.sum()), **self._lookup("fast", lookups, touched))
 
@@ -269,14 +268,18 @@ class CostModel:
 
         By Che's approximation: rows stay for as many samples as fill the cache with distinct rows.
         """
+        return float(self._missed(cache_bytes).sum())
+
+    def _missed(self, cache_bytes: float) -> Floats:
+        """The same by table."""
         slot = float((self._weights @ [table.rows for table in self.job.tables]) / sum(table.rows for table in self.job.tables))
         room = cache_bytes * self.job.ranks / (slot + _CACHE_SLOT_BYTES)
         if room >= sum(table.rows for table in self.job.tables):
-            return 0.0
+            return np.zeros(len(self.job.tables))
         curves = self.access.curves
         lasting = _solved(lambda samples: sum(float(curve.distinct(samples).sum()) for curve in curves), room)
         step = self.job.batch_size * self.job.ranks
-        return sum(float(curve.distinct(step) @ _unseen(curve, lasting)) for curve in curves)
+        return np.array([float(curve.distinct(step) @ _unseen(curve, lasting)) for curve in curves])
 
     def _dense(self) -> Work:
         gradients = self._links.reduced(4 * self.job.dense_parameters) if self.job.ranks > 1 else {}
