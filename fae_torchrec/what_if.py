@@ -37,19 +37,17 @@ _POINT_KEYS = {"placement", "budget_bytes", "ranks", "batch_size", "step_s"}
 def what_if(
     config: RunConfig,
     *,
-    hardware: Sequence[Hardware],
-    ranks: Sequence[int],
+    machines: Sequence[tuple[Hardware, Sequence[int]]],
     shares: Sequence[float] = SHARES,
     access: str = "auto",
     calibration: Sequence[Mapping[str, Any]] = (),
     show_progress: bool = False,
 ) -> list[Outlook]:
-    """Predicts every placement of the configured model, for each hardware and number of ranks.
+    """Predicts every placement of the configured model.
 
     Args:
         config: data, model, batch size per rank.
-        hardware: to plan for.
-        ranks: numbers of ranks.
+        machines: hardware to plan for, and numbers of ranks of it.
         shares: budgets of fast memory per rank, as shares of all tables' bytes; those too small for the tables that are always hot are
             left out.
         access: where the access curves come from: "law" (of synthetic data), "profile" (measured now if there is none), "uniform", or
@@ -61,8 +59,6 @@ def what_if(
         ConfigError: there is no law, a number is out of range, or a point lacks a key.
         BudgetError: no budget holds the tables that are always hot.
     """
-    if min(ranks, default=0) < 1:
-        raise ConfigError(f"--ranks: received {list(ranks)}; give numbers of at least 1")
     data = open_data(config)
     tables = placed_tables(config, data)
     curves = _access(config, data, tables, access, show_progress)
@@ -70,11 +66,10 @@ def what_if(
     budgets = budgets_of(tables.total_bytes, shares, sum(table.total_bytes for table in pinned_tables(tables, pinned)))
     job = _job(config, data, tables)
     found = []
-    for machine in hardware:
-        if calibration:
-            points = [_point(point, job, curves, machine, pinned) for point in calibration]
-            machine = calibrated(machine, points)
-        found += [look_out(CostModel(replace(job, ranks=number), curves, machine), budgets, pinned) for number in ranks]
+    for hardware, ranks in machines:
+        points = [_point(point, job, curves, hardware, pinned) for point in calibration]
+        known = calibrated(hardware, points) if points else hardware
+        found += [look_out(CostModel(replace(job, ranks=number), curves, known), budgets, pinned) for number in ranks]
     return found
 
 
@@ -82,8 +77,7 @@ def run_what_if(arguments: Namespace, config: RunConfig) -> int:
     """Predicts, writes OUTPUT/what_if.html, .png and .json, and prints what is best."""
     outlooks = what_if(
         config,
-        hardware=[load_hardware(name) for name in arguments.hardware],
-        ranks=arguments.ranks,
+        machines=[machine_of(text, arguments.ranks) for text in arguments.hardware],
         shares=[_share(text) for text in arguments.budgets] if arguments.budgets else SHARES,
         access=arguments.access,
         calibration=_points(arguments.calibration) if arguments.calibration else (),
@@ -109,6 +103,22 @@ def run_what_if(arguments: Namespace, config: RunConfig) -> int:
     else:
         print("\n".join([*outlook_text(outlooks), "", *map(str, (path, page, picture))]))
     return 0
+
+
+def machine_of(text: str, ranks: int = 1) -> tuple[Hardware, Sequence[int]]:
+    """Reads "v100:1,4,8", a preset or a JSON file and numbers of ranks of it; without numbers, `ranks`.
+
+    Raises:
+        ConfigError: there is no such hardware, or a number is none of at least 1.
+    """
+    name, _, numbers = text.partition(":")
+    try:
+        found = [int(number) for number in numbers.split(",")] if numbers else [ranks]
+    except ValueError:
+        found = []
+    if min(found, default=0) < 1:
+        raise ConfigError(f"--hardware: received {text!r}; give a preset or a file, and ranks of at least 1 behind a colon: v100:1,4,8")
+    return load_hardware(name), found
 
 
 def _access(config: RunConfig, data: ExperimentData, tables: TableSet, access: str, show_progress: bool) -> AccessModel:

@@ -81,9 +81,7 @@ class AccessCurve:
 
     @classmethod
     def counted(cls, counts: RowCounts, lookups: float) -> AccessCurve:
-        """Of counts.
-
-        Rows that were not seen share the chance that an access goes to one of them: by Good and Turing, rows seen once over accesses.
+        """Of counts, each less `discount`; what that leaves is shared by the rows that were not seen.
 
         Args:
             counts: of the table's rows.
@@ -93,16 +91,14 @@ class AccessCurve:
         unseen = counts.rows - counts.ids.size
         if not levels.size:
             return cls(np.array([float(counts.rows)]), np.array([1.0 / counts.rows]), lookups, 0)
-        total = float((levels * rows_at).sum())
-        once = float(rows_at[-1]) if levels[-1] == 1 else 0.0
+        total, less = float((levels * rows_at).sum()), discount(counts)
         if levels.size > _MOST_LEVELS:
             levels, rows_at = _thinned(levels, rows_at)
-        # Unseen rows cannot be likelier than those seen once, and where all accesses are first ones nothing is known of the rest.
-        missing = min(once / total, unseen / (counts.rows or 1)) if unseen else 0.0
-        chance = levels / total * (1 - missing)
+        chance = (levels - less) / total
         if not unseen:
             return cls(rows_at, chance, lookups, len(rows_at))
-        rest = min(missing / unseen, float(chance[-1]))
+        missing = less * counts.ids.size / total
+        rest = min(missing / unseen, float(chance[-1]))  # unseen rows cannot be likelier than those seen once
         chance *= (1 - rest * unseen) / (1 - missing)
         return cls(np.append(rows_at, float(unseen)), np.append(chance, rest), lookups, len(rows_at))
 
@@ -119,6 +115,24 @@ class AccessCurve:
         misses = np.log1p(-np.minimum(chance, 1 - 1e-12))
         found: Floats = -rows * np.expm1(self.lookups * samples * misses)
         return found
+
+
+def discount(counts: RowCounts) -> float:
+    """What a count is too high by: accesses that would have gone to rows that were not seen, had they been others.
+
+    Good and Turing: an access goes to a row that was not seen as often as, among those counted, to one seen once. All seen rows are
+    discounted alike (Kneser and Ney): popular rows lose next to nothing of their share.
+
+    Returns:
+        0 where every row was seen; less than 1.
+    """
+    unseen = counts.rows - counts.ids.size
+    if not unseen or not counts.ids.size:
+        return 0.0
+    once = int((counts.counts == 1).sum())
+    # Where all accesses are first ones nothing is known of the rest: every row alike.
+    missing = min(once / counts.total, unseen / counts.rows)
+    return missing * counts.total / counts.ids.size
 
 
 def _edges(rows: int) -> Floats:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaincinv
 
-from fae_torchrec.core.access_curve import AccessCurve, Floats
+from fae_torchrec.core.access_curve import AccessCurve, Floats, discount
 from fae_torchrec.core.errors import BudgetError, ConfigError
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.row_ids import find_slots
@@ -236,7 +236,9 @@ class AccessModel:
             places = find_slots(counts.ids, inputs.values[feature])
             seen = np.where(places >= 0, counts.counts[np.maximum(places, 0)] if counts.ids.size else 0, 0)
             # The curve's chance, not the plain share of counts, so that both compare alike with a density.
-            chance = seen * (float(curve.mass[: curve.seen].sum()) / max(counts.total, 1))
+            less = discount(counts)
+            scale = float(curve.mass[: curve.seen].sum()) / max(counts.total - less * counts.ids.size, 1e-12)
+            chance = np.maximum(seen - less, 0.0) * scale
             bins = np.searchsorted(-curve.chance, -chance * (1 + _SAME), side="left")
             samples = inputs.input_of_id(feature)
             kept[name].append(KeptIds(samples, np.minimum(bins, len(curve.chance) - 1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fae_torchrec.core.access_curve import Floats
 from fae_torchrec.core.cost_model import CostModel, HotTier, Stock, Work, step_seconds
@@ -39,6 +39,7 @@ _HEADROOM = 0.15  # of fast memory, for what the allocator and the driver keep
 _HOST_SHARE = 0.9
 _DENSE_COPIES = 3  # weights, gradients and optimizer state
 _ACTIVATIONS = 4  # pooled rows, their gradient and two buffers of collectives
+_SAME = 1.01  # times the fastest option's time that is no difference
 _PAYS = 1.05  # times as fast as the best stock placement, from which FAE is advised
 _ALIKE = 0.7  # of what whole tables of the same bytes leave cold, what hot rows leave cold: above it nothing is popular in a table
 _ALL = 0.999  # of the lookups, from which as good as all are hot
@@ -146,10 +147,10 @@ class Outlook:
 
 
 def best(options: Sequence[Option], *, fae: bool | None = None) -> Option | None:
-    """The fastest option that can be."""
+    """The fastest option that can be; among those within a hundredth of it the plainest: stock before FAE, and the smallest budget."""
     able = [option for option in options if not option.refused and fae in (None, option.is_fae)]
-    # What the host takes can be longer than all that the device does: then the one with less to do there.
-    return min(able, key=lambda option: (option.step_s, sum(option.parts.values())), default=None)
+    near = [option for option in able if option.step_s <= _SAME * min(o.step_s for o in able)]
+    return min(near, key=lambda option: (option.is_fae, option.budget_bytes, sum(option.parts.values())), default=None)
 
 
 def look_out(model: CostModel, budgets: Sequence[int], pinned_max_rows: int = 1024) -> Outlook:
@@ -273,13 +274,26 @@ def _advice(model: CostModel, options: Sequence[Option]) -> tuple[bool, str]:
         )
     if one_memory:
         why = "all tables fit into fast memory" if stock.placement == "hbm" else "the memory of a CPU is as fast for all rows"
-    elif ours.coverage >= 0.8 and ours.hot_inputs < 0.05:
+    elif (most := _largest(options)).coverage >= 0.8 and most.hot_inputs < 0.05:
         lookups = sum(curve.lookups for curve in model.access.curves)
-        hot = f"all are hot for {ours.hot_inputs:.2%} of the samples only, though {ours.coverage:.1%} of the ids are"
+        hot = f"all are hot for {most.hot_inputs:.2%} of the samples only, though {most.coverage:.1%} of the ids are"
         why = f"a sample looks up {lookups:.0f} ids, and {hot}"
     else:
         why = f"a step is dominated by {ours.dominated_by}"
     return False, f"FAE does not pay here, because {why}; {compared}."
+
+
+class _Hot(NamedTuple):
+    """What a budget makes hot."""
+
+    hot_inputs: float
+    coverage: float
+
+
+def _largest(options: Sequence[Option]) -> _Hot:
+    """Of the largest budget of FAE that can be."""
+    option = max((option for option in options if option.is_fae and not option.refused), key=lambda option: option.budget_bytes)
+    return _Hot(option.hot_inputs or 0.0, option.coverage or 0.0)
 
 
 def _gib(size: float) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from fae_torchrec.core.access_curve import AccessCurve
+from fae_torchrec.core.access_curve import AccessCurve, discount
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.row_counts import RowCounts
 
@@ -50,15 +50,16 @@ def test_an_exponent_of_nothing_is_uniform() -> None:
 
 def test_counted_shares_what_good_and_turing_leave_among_unseen_rows() -> None:
     curve = _counted(1, 6, 0, 0, 1, 3, 0, 0, 0, 0, lookups=0.5)
-    # 11 accesses, two rows seen once: 2/11 of the accesses go to the six rows that were not seen.
-    np.testing.assert_allclose(curve.chance, [6 / 11 * 9 / 11, 3 / 11 * 9 / 11, 1 / 11 * 9 / 11, 2 / 11 / 6])
+    # 11 accesses, two rows seen once: 2 of 11 go to the six rows that were not seen, and each of the four seen ones counts half less.
+    np.testing.assert_allclose(curve.chance, [5.5 / 11, 2.5 / 11, 0.5 / 11, 2 / 11 / 6])
     assert (curve.rows.tolist(), curve.seen, curve.lookups) == ([1, 1, 2, 6], 3, 0.5)
 
 
 def test_an_unseen_row_is_at_most_as_likely_as_one_seen_once() -> None:
     curve = _counted(2, 1, 1, 1, 0)
-    # Good and Turing would give the unseen row 3/5. It gets a row's even share, 1/5, of which no more than a row seen once has: 0.8 / 5.
-    np.testing.assert_allclose(curve.chance, [0.336, 0.168, 0.16])
+    # Good and Turing would give the unseen row 3/5. Its even share is 1/5: the seen ones count 1/4 less, and the unseen one has no more
+    # than the 0.75 / 5 of a row seen once; what is over goes to all seen ones, 0.85 / 0.8.
+    np.testing.assert_allclose(curve.chance, [1.75 / 5 * 1.0625, 0.75 / 5 * 1.0625, 0.15])
     np.testing.assert_allclose(_counted(1, 1, 0, 0).chance, 0.25)  # all accesses are first ones: nothing is known
 
 
@@ -78,7 +79,9 @@ def test_counted_is_a_distribution_that_keeps_the_order_of_rows(counts: list[int
     seen = int(curve.rows[: curve.seen].sum())
     assert seen == sum(count > 0 for count in counts)
     ordered = np.sort([count for count in counts if count])[::-1]
-    np.testing.assert_allclose(chances[:seen] * ordered.sum(), ordered * chances[:seen].sum())
+    less = discount(RowCounts.from_dense(np.array(counts, dtype=np.int64)))
+    assert 0 <= less < 1
+    np.testing.assert_allclose(chances[:seen] * (ordered - less).sum(), (ordered - less) * chances[:seen].sum())
 
 
 def test_thinned_levels_keep_rows_accesses_and_what_is_left_for_unseen_rows() -> None:
@@ -87,7 +90,7 @@ def test_thinned_levels_keep_rows_accesses_and_what_is_left_for_unseen_rows() ->
     assert len(curve.rows) <= 4_097 and curve.rows.sum() == 34_999 and curve.rows[: curve.seen].sum() == 24_999
     total = counts.sum()
     assert curve.mass[-1] == pytest.approx(5_000 / total), "rows seen once are known after thinning too"
-    exact = np.sort(counts)[::-1][:24_999] / total * (1 - 5_000 / total)
+    exact = (np.sort(counts)[::-1][:24_999] - 5_000 / 24_999) / total
     np.testing.assert_allclose(_by_row(curve)[:24_999], exact, rtol=0.003)
     np.testing.assert_allclose(curve.mass[: curve.seen].sum(), exact.sum(), rtol=1e-12)
     assert curve.rows[curve.seen - 1] == 5_000, "levels that many rows have are not joined"

@@ -159,11 +159,11 @@ def test_many_ids_per_sample_leave_no_hot_samples() -> None:
     assert ours is not None and ours.coverage is not None
     share = access.share(ours.budget_bytes)
     assert share.hot_inputs == pytest.approx(share.coverage[0] ** 100 * share.coverage[1])
-    assert ours.hot_inputs == share.hot_inputs < 0.001 < 0.8 < ours.coverage
+    assert ours.hot_inputs == share.hot_inputs < 0.001 < 0.7 < ours.coverage
     slow = replace(V100, step_s=1.0)  # so that no placement is faster than another
     alike = _outlook(access, batch_size=1024, hardware=slow)
-    ours = alike.best(fae=True)
-    assert ours is not None and ours.hot_inputs is not None and ours.coverage is not None and ours.hot_inputs < 0.05 and not alike.pays
+    ours = max((o for o in alike.options if o.placement == "fae" and not o.refused), key=lambda option: option.budget_bytes)
+    assert ours.hot_inputs is not None and ours.coverage is not None and ours.hot_inputs < 0.05 and not alike.pays
     hot = f"all are hot for {ours.hot_inputs:.2%} of the samples only, though {ours.coverage:.1%} of the ids are"
     assert f"because a sample looks up 101 ids, and {hot}; " in alike.advice
 
@@ -221,7 +221,12 @@ def test_best_and_margin() -> None:
     assert Outlook(model, options[3:], True, "").margin is None
     assert best([]) is None and best(options[:3], fae=True) is None
     busy = replace(options[1], step_s=0.01, parts=dict(options[1].parts, steps=0.01))
-    assert best([busy, options[4]]) is options[4], "of equals the one that leaves the device more to spare"
+    assert best([busy, options[4]]) is busy, "of equals stock"
+    small = replace(options[4], budget_bytes=1)
+    assert best([options[4], small, replace(options[4], step_s=0.0099)]) is small, "of those that take as long the smallest budget"
+    assert best([options[4], replace(small, step_s=0.0102)]) is options[4]
+    idle = replace(small, parts=dict.fromkeys(PARTS, 0.0))
+    assert best([small, idle]) is idle, "and then the one that leaves the device more to spare"
 
 
 def test_dominated_by_groups_parts_and_leaves_out_a_host_that_is_not_the_longer_one() -> None:
