@@ -223,7 +223,7 @@ def test_best_and_margin() -> None:
     busy = replace(options[1], step_s=0.01, parts=dict(options[1].parts, steps=0.01))
     assert best([busy, options[4]]) is busy, "of equals stock"
     small = replace(options[4], budget_bytes=1)
-    assert best([options[4], small, replace(options[4], step_s=0.0099)]) is small, "of those that take as long the smallest budget"
+    assert best([options[4], small, replace(options[4], step_s=0.00995)]) is small, "of those that take as long the smallest budget"
     assert best([options[4], replace(small, step_s=0.0102)]) is options[4]
     idle = replace(small, parts=dict.fromkeys(PARTS, 0.0))
     assert best([small, idle]) is idle, "and then the one that leaves the device more to spare"
