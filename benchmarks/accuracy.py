@@ -32,8 +32,9 @@ from fae_torchrec.config import RunConfig, load_config
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.data.step_plan import StepPlan
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from fae_torchrec.experiment import place_rows, run_placement
+from fae_torchrec.experiment import run_placement
 from fae_torchrec.experiment_data import open_data
+from fae_torchrec.experiment_placement import place_rows
 
 TOLERANCE = 0.002
 _ROOT = Path(__file__).resolve().parent.parent

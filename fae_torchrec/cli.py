@@ -1,4 +1,4 @@
-"""The command line: fae vocabulary | profile | place | report | segregate | train | compare | measure | launch | doctor."""
+"""The command line: fae vocabulary | profile | place | plan | report | segregate | train | compare | measure | launch | doctor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ An experiment is one YAML or JSON file: the data, the model, the budget of fast 
 
 Or keep your TorchRec training script as it is: fae launch --help
 
-place, report, segregate, train and compare measure a profile by themselves if the output folder has none of the same data and sampling.
+place, plan, report, segregate, train and compare measure a profile by themselves if the output folder has none of the same data and
+sampling.
 """
 _COMMANDS = {
     "vocabulary": "number the categories of the train data by how often they occur, once and before all else, if data.coding.method is "
@@ -34,6 +35,8 @@ _COMMANDS = {
     "profile": "count how often each row is accessed, on a sample of the train data; under torchrun the ranks share the work; writes "
     "OUTPUT/profile.npz",
     "place": "select the hot rows under the budget (placement.budget); writes OUTPUT/hot_set.npz and OUTPUT/placement.npz",
+    "plan": "plan the model for ranks and hardware that need not be there: which rows are hot, where every table lies, what a step moves, "
+    "where a rank's memory goes, and why; placement.budget=auto lets it choose the budget; writes OUTPUT/plan.json",
     "report": "picture how skewed the accesses are and which share of the samples a budget makes all hot; writes OUTPUT/popularity.html, "
     "the same numbers as popularity.json, and the pictures as popularity_*.png",
     "segregate": "write the train data once as hot and cold samples, for fast epochs without segregating again; writes a store to "
@@ -146,6 +149,18 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="samples of a step over all ranks, for --torchrec-stats (default: train.batch_size)",
             )
+        if name in ("place", "plan", "segregate"):
+            command.add_argument(
+                "--ranks", type=int, default=1, metavar="N", help="ranks that will train, which placement.budget=auto asks for (default: 1)"
+            )
+        if name == "plan":
+            command.add_argument(
+                "--hardware",
+                nargs="+",
+                metavar="NAME[:RANKS]",
+                help="a preset (v100, t4, a10, a100, h100, h200, gh200, cpu) or a file that `fae measure` wrote, and ranks of it: v100:8 "
+                "(default: machines like this one, with train.device)",
+            )
         if name in ("segregate", "train", "compare"):
             command.add_argument("--store", metavar="DIR", help="the store of hot and cold samples (default: loader.store)")
         if name == "segregate":
@@ -179,6 +194,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command not in ("profile", "train") and world_size_of_environment() > 1:
         does = "starts its own ranks" if arguments.command == "compare" else "is the work of one process"
         raise ConfigError(f"fae {arguments.command} {does}; received a torchrun environment of several; start it as one process")
+    ranks = getattr(arguments, "ranks", None)
+    if isinstance(ranks, int) and ranks < 1:
+        raise ConfigError(f"--ranks: received {ranks}; give at least 1")
     config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
     if getattr(arguments, "output", None):
         config = replace(config, output=arguments.output)

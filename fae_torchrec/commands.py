@@ -85,15 +85,16 @@ def run_report(arguments: Namespace, config: RunConfig) -> int:
 def run_place(arguments: Namespace, config: RunConfig) -> int:
     """Selects the hot rows."""
     from fae_torchrec.compare import describe_placement
-    from fae_torchrec.experiment import make_hot_set, make_placement, placed_tables
+    from fae_torchrec.experiment import placed_tables
     from fae_torchrec.experiment_data import open_data
+    from fae_torchrec.experiment_placement import make_placement, settle_hot_set
     from fae_torchrec.experiment_profile import make_profile
     from fae_torchrec.training.report_table import bytes_text, percent_text
 
     data = open_data(config)
     tables = placed_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=not arguments.quiet)
-    hot_set = make_hot_set(config, profile) if config.placement.path is None else None
+    config, hot_set = settle_hot_set(config, data, profile, [arguments.ranks])
     placement, path = make_placement(config, tables, hot_set)
     described = describe_placement(config, profile, hot_set, placement)
     each = "on each rank" if config.placement.hot_tier == "replicated" else "over all ranks"
@@ -117,15 +118,22 @@ def run_place(arguments: Namespace, config: RunConfig) -> int:
     return 0
 
 
+def run_plan(arguments: Namespace, config: RunConfig) -> int:
+    """Plans the model for given ranks and hardware."""
+    from fae_torchrec.plan import run_plan as run
+
+    return run(arguments, config)
+
+
 def run_segregate(arguments: Namespace, config: RunConfig) -> int:
     """Writes the train data as a store of hot and cold samples."""
-    from fae_torchrec.experiment import place_rows
     from fae_torchrec.experiment_data import open_data
+    from fae_torchrec.experiment_placement import place_rows
     from fae_torchrec.experiment_store import make_store
     from fae_torchrec.training.report_table import percent_text
 
     data = open_data(config)
-    placement = place_rows(config, data, show_progress=not arguments.quiet)
+    placement = place_rows(config, data, [arguments.ranks], show_progress=not arguments.quiet)
     store, is_new = make_store(config, data, placement, show_progress=not arguments.quiet)
     num_bytes = sum(file.num_bytes for file in store.layout.files)
     described = {
@@ -158,18 +166,16 @@ def run_train(arguments: Namespace, config: RunConfig) -> int:
     from fae_torchrec.experiment import prepare, run_placement
     from fae_torchrec.training.report import write_json
 
-    if arguments.ranks < 1:
-        raise ConfigError(f"--ranks: received {arguments.ranks}; give at least 1")
     show, checkpoints = not arguments.quiet, (arguments.load, arguments.save)
     device = config.train.device
     with launched_group(device) as group:
         if group is None:
-            placement = prepare(config, arguments.placement, arguments.ranks, *checkpoints, show_progress=show)
+            config, placement = prepare(config, arguments.placement, arguments.ranks, *checkpoints, show_progress=show)
             job = (config, arguments.placement, placement, show, *checkpoints)
             result = run_on_local_ranks(run_placement, arguments.ranks, *job, device_type=device)[0]
         else:  # torchrun: every rank runs this command
             make = partial(prepare, config, arguments.placement, group.size(), *checkpoints, show_progress=show)
-            placement = from_first_rank(make, group)
+            config, placement = from_first_rank(make, group)
             result = run_placement(group.rank(), config, arguments.placement, placement, show, *checkpoints)
             if group.rank():
                 return 0

@@ -17,15 +17,9 @@ from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.doctor import collect
-from fae_torchrec.experiment import (
-    check_run,
-    experiment_tables,
-    make_hot_set,
-    make_placement,
-    placed_tables,
-    run_placement,
-)
+from fae_torchrec.experiment import check_run, experiment_tables, placed_tables, run_placement
 from fae_torchrec.experiment_data import ExperimentData, open_data
+from fae_torchrec.experiment_placement import make_placement, settle_hot_set
 from fae_torchrec.experiment_profile import make_profile
 from fae_torchrec.report_parts import describe_environment, describe_profile
 
@@ -49,7 +43,7 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
     data = open_data(config)
     tables = placed_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=show_progress)
-    hot_set = make_hot_set(config, profile) if config.placement.path is None else None
+    config, hot_set = settle_hot_set(config, data, profile, config.compare.ranks)
     placement, _ = make_placement(config, tables, hot_set)
     check_run(config, data, placement, config.compare.placements, max(config.compare.ranks))
     report: dict[str, Any] = {

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from fae_torchrec.core.byte_size import parse_budget
+from fae_torchrec.core.byte_size import parse_bytes as parse_bytes
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.data_config import DATA_PATHS, DataConfig
 from fae_torchrec.schema import merge, read_mapping, read_override, read_section, within
 
-_NUMBER = r"([0-9]*\.?[0-9]+)"
-_UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 _PATHS = (*DATA_PATHS, "profile.path", "placement.path", "loader.store")
 """Keys whose relative paths are relative to the config file. What a run writes (`output`, `checkpoint.folder`, `train.tensorboard`) is
 relative to the current folder."""
@@ -73,12 +71,14 @@ class PlacementConfig:
 
     Attributes:
         budget: bytes of the hot rows, weights and optimizer state: what a rank holds of a replicated hot tier, what all ranks hold
-            together of a sharded one. A percentage is of all placed tables.
+            together of a sharded one. A percentage is of all placed tables; "auto" is what the dense part, inputs, activations, stock
+            tables and the cold tier leave of a rank's device, or on a CPU a tenth of the placed tables.
         policy: rows that together make the most inputs all hot, or FAE's access threshold.
         sizes: whether `threshold` tallies all counts or estimates sizes from chunks of the tables, as FAE does.
         pinned_max_rows: tables of at most so many rows are always hot.
         path: a saved placement, instead of selecting one.
-        hot_tier: every rank holds every hot row, or the stock planner spreads them by table or (on CUDA) by row.
+        hot_tier: every rank holds every hot row, or the stock planner spreads them by table or (on CUDA) by row; auto chooses where the
+            budget is auto too, and replicates otherwise.
         cold_tier: where the cold rows lie with `train.device: cuda`: in host memory that the GPU reads (uvm), behind a cache of the GPU
             (uvm_caching), or looked up by the host; auto is uvm on one rank, uvm_caching on several. On a CPU there is host alone.
         cold_cache: bytes of fast memory per rank for cold rows on their way: the cache of uvm_caching, or on one rank with uvm a staging
@@ -92,7 +92,7 @@ class PlacementConfig:
     sizes: Literal["exact", "estimated"] = "exact"
     pinned_max_rows: int = within(1024, 0)
     path: str | None = None
-    hot_tier: Literal["replicated", "table_wise", "row_wise"] = "replicated"
+    hot_tier: Literal["auto", "replicated", "table_wise", "row_wise"] = "replicated"
     cold_tier: Literal["auto", "host", "uvm", "uvm_caching"] = "auto"
     cold_cache: int | str | None = None
     stock_tables: tuple[str, ...] = ()
@@ -109,22 +109,13 @@ class PlacementConfig:
             return None if self.cold_cache is None else 0
         return parse_bytes(self.cold_cache, "placement.cold_cache")
 
-    def budget_bytes(self, total_bytes: int) -> int:
-        """The budget in bytes.
+    def budget_bytes(self, total_bytes: int) -> int | None:
+        """The budget in bytes, rounded down; None for "auto".
 
         Args:
             total_bytes: bytes of all rows of all placed tables, weights and optimizer state; what a percentage is of.
-
-        Returns:
-            The budget in bytes, rounded down.
         """
-        text = str(self.budget).strip()
-        if text.endswith("%"):
-            share = float(text[:-1]) if re.fullmatch(_NUMBER, text[:-1].strip()) else math.nan
-            if not 0 < share <= 100:
-                raise ConfigError(f"placement.budget: received {text!r}; a share must be more than 0% and at most 100%")
-            return int(total_bytes * share / 100)
-        return parse_bytes(self.budget, "placement.budget")
+        return parse_budget(self.budget, total_bytes, "placement.budget")
 
 
 @dataclass(frozen=True)
@@ -250,13 +241,40 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `fae compare` runs: every placement at every number of ranks; `count_batches` are counted for bytes and rows."""
+    """What `fae compare` runs: every placement at every number of ranks.
 
-    placements: tuple[Literal["stock", "fae", "fae-unsegregated"], ...] = ("stock", "fae", "fae-unsegregated")
+    Attributes:
+        placements: "fae" and "fae-unsegregated" have hot and cold rows, the others are TorchRec's own; those with more to their name than
+            "stock" put all tables in one place, on CUDA ("stock-host": on a CPU).
+        ranks: numbers of ranks.
+        count_batches: batches that are counted for bytes and rows.
+        repeats: how often each is run, in turns, in another order each time; figures are medians.
+        vary_seed: each repeat starts from other weights (`train.seed`, one more, ...), all of its placements from the same.
+        allow_unequal: reports runs that did not do the same work, marked as not comparable, instead of ending in an error.
+        cache: bytes of fast memory per rank for cached rows of "stock-uvm-caching" and "stock-prefetch"; null: as many as the hot rows may
+            take (`placement.budget`).
+    """
+
+    placements: tuple[
+        Literal["stock", "fae", "fae-unsegregated", "stock-hbm", "stock-uvm", "stock-uvm-caching", "stock-prefetch", "stock-host"], ...
+    ] = ("stock", "fae", "fae-unsegregated")
     ranks: tuple[int, ...] = within((1, 2), 1)
     count_batches: int = within(16, 1)
+    repeats: int = within(1, 1)
+    vary_seed: bool = False
+    allow_unequal: bool = False
+    cache: int | str | None = None
+
+    def cache_bytes(self, budget_bytes: int) -> int:
+        """`cache` in bytes.
+
+        Args:
+            budget_bytes: what the hot rows may take, for the default.
+        """
+        return budget_bytes if self.cache is None else parse_bytes(self.cache, "compare.cache")
 
     def __post_init__(self) -> None:
+        self.cache_bytes(1)  # unreadable bytes fail here, before any work
         for name in ("placements", "ranks"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
@@ -329,25 +347,6 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         return RunConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def parse_bytes(value: int | str, key: str = "bytes") -> int:
-    """Reads a number of bytes: 1048576, "1048576", "64MiB", "1.5 GiB".
-
-    Args:
-        value: the number or text.
-        key: what an error calls the value.
-
-    Raises:
-        ConfigError: another form, another unit, or less than one byte.
-    """
-    match = re.fullmatch(_NUMBER + r"\s*([A-Za-z]*)", str(value).strip())
-    if isinstance(value, bool) or match is None or match[2] not in _UNITS:
-        raise ConfigError(f"{key}: received {value!r}; give a number of bytes with one of {[u for u in _UNITS if u]}, such as 64MiB")
-    count = int(float(match[1]) * _UNITS[match[2]])
-    if count < 1:
-        raise ConfigError(f"{key}: received {value!r}, less than one byte; give at least 1")
-    return count
 
 
 def _resolve(values: dict[str, Any], folder: Path) -> dict[str, Any]:

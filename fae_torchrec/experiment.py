@@ -1,12 +1,10 @@
-"""An experiment as its config describes it: data, tables, profile, hot set and placement, and one training run on one rank."""
+"""An experiment as its config describes it: what comes before training, and one training run on one rank."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,99 +12,38 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import Topology
 
 from fae_torchrec.config import RunConfig
 from fae_torchrec.core.errors import ConfigError, DataError
-from fae_torchrec.core.hot_set import HotSet, select_hot_set
 from fae_torchrec.core.placement import RowPlacement
-from fae_torchrec.core.popularity import PopularityProfile
-from fae_torchrec.core.schedule import Guard, ShuffleSchedule
-from fae_torchrec.core.tables import TableSet
-from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.segregate import check_ids
-from fae_torchrec.data.stream_windows import Agree
+from fae_torchrec.distributed.hardware_topology import machine_topology
 from fae_torchrec.distributed.local_ranks import from_first_rank
-from fae_torchrec.distributed.process_group import gather_counts
 from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.experiment_data import ExperimentData, open_data
-from fae_torchrec.experiment_profile import make_profile, output_folder
+from fae_torchrec.experiment_loader import agreement, audit_loader, train_loader
+from fae_torchrec.experiment_measures import memory_entry, start_logloss, work_entry, write_scores
+from fae_torchrec.experiment_model import experiment_model as experiment_model
+from fae_torchrec.experiment_model import experiment_tables as experiment_tables
+from fae_torchrec.experiment_model import placed_tables as placed_tables
+from fae_torchrec.experiment_placement import settle_rows
 from fae_torchrec.experiment_store import open_store
-from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import audit
+from fae_torchrec.training.baselines import BASELINES, stock_baseline
 from fae_torchrec.training.checkpoint import load_checkpoint, read_extra, save_checkpoint
 from fae_torchrec.training.checkpoint_folder import CheckpointFolder
-from fae_torchrec.training.dlrm import build_dlrm
 from fae_torchrec.training.metrics import check_labels, evaluate
+from fae_torchrec.training.peak_memory import PeakMemory
 from fae_torchrec.training.run_checkpoints import CheckpointOptions
-from fae_torchrec.training.run_entry import planned_fast_memory, run_entry
+from fae_torchrec.training.run_entry import run_entry
 from fae_torchrec.training.shard import build_optimizer, fae_planner, shard_model
 from fae_torchrec.training.trainer import Trainer, TrainOptions
+from fae_torchrec.training.work import weights_fingerprint
 
 _PROFILE_BATCH = 8192
 _MAY_CHANGE = ("epochs", "steps", "nan_check_steps", "lookahead", "log_every", "tensorboard")
 """Keys of `train` that may be others when a run is resumed."""
-
-
-def experiment_tables(config: RunConfig, data: ExperimentData) -> TableSet:
-    """The model's tables, from a model on the meta device."""
-    return model_tables(experiment_model(config, data, torch.device("meta")))
-
-
-def placed_tables(config: RunConfig, data: ExperimentData) -> TableSet:
-    """The model's tables without those left to stock sharding: what is profiled and placed.
-
-    Raises:
-        ConfigError: `placement.stock_tables` names what is no table, or leaves none.
-    """
-    model = experiment_model(config, data, torch.device("meta"))
-    try:
-        return model_tables(model, leave=config.placement.stock_tables)
-    except ConfigError as error:
-        raise ConfigError(f"placement.stock_tables: {error}; name tables of the model, and not all of them") from None
-
-
-def make_hot_set(config: RunConfig, profile: PopularityProfile) -> HotSet:
-    """Selects the hot set under the configured budget.
-
-    Raises:
-        BudgetError: the budget cannot hold the tables that are always hot.
-    """
-    options = config.placement
-    budget = options.budget_bytes(profile.tables.total_bytes)
-    return select_hot_set(profile, budget, policy=options.policy, pinned_max_rows=options.pinned_max_rows, sizes=options.sizes)
-
-
-def make_placement(config: RunConfig, tables: TableSet, hot_set: HotSet | None) -> tuple[RowPlacement, Path]:
-    """Loads the placement that the config names, or makes it from a hot set; either way it lies in the output folder afterwards.
-
-    A hot set is written beside it: it says how the rows were chosen, and from which profile.
-
-    Raises:
-        FingerprintError: the named placement is of other tables.
-    """
-    if config.placement.path is not None:
-        placement = RowPlacement.load(config.placement.path)
-        placement.check_tables(tables)
-    else:
-        assert hot_set is not None
-        hot_set.save(output_folder(config) / "hot_set.npz")
-        placement = RowPlacement.from_hot_set(hot_set)
-    path = output_folder(config) / "placement.npz"
-    placement.save(path)
-    return placement, path
-
-
-def place_rows(config: RunConfig, data: ExperimentData, *, show_progress: bool = False) -> RowPlacement:
-    """The placement that the config names, or the one that its popularity profile gives, which is measured if need be.
-
-    Raises:
-        FAEError: bad input.
-    """
-    tables = placed_tables(config, data)
-    hot_set = None if config.placement.path else make_hot_set(config, make_profile(config, data, tables, show_progress=show_progress))
-    return make_placement(config, tables, hot_set)[0]
 
 
 def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, names: Iterable[str], ranks: int) -> None:
@@ -137,9 +74,8 @@ def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, 
     for split, source in (("train", data.train), ("test", data.test)):
         if source.num_samples < ranks:
             raise DataError(f"the {split} data hold {source.num_samples} sample(s), {ranks} ranks need at least one each; take fewer ranks")
-    if any(name != "stock" for name in names):
-        topology = Topology(world_size=ranks, local_world_size=local_ranks, compute_device=device)
-        planner = fae_planner(placement, topology, config.train.batch_size, **_tiers(config))
+    if names - BASELINES.keys():
+        planner = fae_planner(placement, machine_topology(ranks, device), config.train.batch_size, **_tiers(config))
         planner.plan(experiment_model(config, data, torch.device("meta")), get_fae_sharders())
     tables = experiment_tables(config, data)
     for batch in data.test.batches(_PROFILE_BATCH):
@@ -149,7 +85,7 @@ def check_run(config: RunConfig, data: ExperimentData, placement: RowPlacement, 
 
 def prepare(
     config: RunConfig, name: str, ranks: int, load: str | None = None, save: str | None = None, *, show_progress: bool = False
-) -> RowPlacement:
+) -> tuple[RunConfig, RowPlacement]:
     """Everything that comes before training one placement: opens the data, measures popularity, places the rows, checks the run.
 
     Args:
@@ -160,30 +96,41 @@ def prepare(
         save: folder for the checkpoint of the trained model.
         show_progress: a progress bar while popularity is measured.
 
+    Returns:
+        The config to train with, in which "auto" is replaced by what it stands for, and the placement.
+
     Raises:
         FAEError: bad input.
         PlannerError: a table cannot be placed so.
     """
     _check_folders(config, load, save)
     data = open_data(config)
-    placement = place_rows(config, data, show_progress=show_progress)
+    config, placement = settle_rows(config, data, [ranks], show_progress=show_progress)
     check_run(config, data, placement, [name], ranks)
-    return placement
+    return config, placement
 
 
 def run_placement(
-    rank: int, config: RunConfig, name: str, placement: RowPlacement, show_progress: bool, load: str | None = None, save: str | None = None
+    rank: int,
+    config: RunConfig,
+    name: str,
+    placement: RowPlacement,
+    show_progress: bool,
+    load: str | None = None,
+    save: str | None = None,
+    scores_path: str | None = None,
 ) -> dict[str, Any]:
     """Trains, scores and audits one placement on this rank of the default process group.
 
     Args:
         rank: this rank.
         config: the experiment.
-        name: "stock", "fae" or "fae-unsegregated".
-        placement: the rows' tiers; "stock" does not look at it.
+        name: "fae", "fae-unsegregated" or one of TorchRec's own (`BASELINES`).
+        placement: the rows' tiers; TorchRec's own do not look at it.
         show_progress: a progress bar on rank 0.
         load: folder of a checkpoint to start from, saved under any placement and number of ranks; not looked at if the run is resumed.
         save: folder for a checkpoint of the trained model.
+        scores_path: for a comparison: .npz to which rank 0 writes all test scores; the entry then has "work", see `unequal_work`.
 
     Returns:
         One entry of the report's `runs`, the same on every rank but for its clock; with `load`, its "loaded" has the scores before
@@ -201,13 +148,18 @@ def run_placement(
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.device == "cuda" else torch.device("cpu")
     data = open_data(config)
     tables = experiment_tables(config, data)
-    hot_rows = None if name == "stock" else placement
+    baseline = stock_baseline(name, device.type)
+    hot_rows = placement if baseline is None else None
+    model = experiment_model(config, data, torch.device("cpu"))
+    start: dict[str, Any] = {} if scores_path is None else {"start_weights": weights_fingerprint(model)}
     model = shard_model(
-        experiment_model(config, data, torch.device("cpu")),
+        model,
         hot_rows,
         config.train.batch_size,
         device,
         group,
+        baseline=baseline,
+        cache_bytes=config.compare.cache_bytes(placement.budget_bytes),
         **_tiers(config),
     )
     optimizer = build_optimizer(model, config.train.dense_learning_rate)
@@ -216,30 +168,28 @@ def run_placement(
     if load is not None and resumed is None:
         load_checkpoint(load, model, optimizer)
         more["loaded"] = {"path": load, **_scores(config, data, model, device, group)}
-    with _agreement(group) as agree:
-        loader = _train_loader(config, name, data, placement, group, agree)
+    if scores_path is not None:
+        start["start_logloss"] = start_logloss(config, data, model, device, group)
+    with agreement(group) as agree:
+        loader = train_loader(config, name, data, placement, group, agree)
         if device.type == "cuda" and hot_rows is not None:
             loader.split_ahead = SplitAhead(model)
         run = _identity(config, name, data, hot_rows)
-        trainer = Trainer(model, optimizer, loader, data.test, _train_options(config), device, group, show_progress=show_progress, run=run)
+        options, peak = replace(_train_options(config), prefetch=baseline is not None and baseline.prefetches), PeakMemory(device)
+        trainer = Trainer(model, optimizer, loader, data.test, options, device, group, show_progress=show_progress, run=run)
         result = trainer.run()
+        more |= memory_entry(model, tables, peak, device, group)
+        if scores_path is not None:
+            more["work"] = work_entry(config, model, optimizer, trainer, result.test, start, device, group)
+            if rank == 0:
+                write_scores(scores_path, result.test)
         if save is not None:  # before the audit, which trains on
             about = {"placement": name, "steps": trainer.steps, "config": config.to_dict()}
             if resumed is None or not _is_saved(save, about):
                 save_checkpoint(save, model, optimizer, extra=about)
-        audited = HotColdDataLoader(
-            lambda: islice(data.train.batches(config.train.batch_size, rank=rank, world_size=group.size()), config.compare.count_batches),
-            placement,
-            batch_size=config.train.batch_size,
-            schedule=ShuffleSchedule("fixed" if loader.schedule.segregates else "stock"),
-            rank=rank,
-            world_size=group.size(),
-            agree=agree,
-            prefetch=0,  # nothing beside what is timed
-        )
+        audited = audit_loader(config, data, placement, group, agree, segregates=loader.schedule.segregates)
         kinds = audit(model, optimizer, audited, tables, hot_rows, device, group)
-    fast_memory = planned_fast_memory(model.plan, tables, device.type, group.size())
-    return {**run_entry(name, group.size(), fast_memory, result, kinds), **more}
+    return {**run_entry(name, group.size(), more["fast_memory"], result, kinds), **more}
 
 
 def _tiers(config: RunConfig) -> dict[str, Any]:
@@ -251,40 +201,6 @@ def _tiers(config: RunConfig) -> dict[str, Any]:
         "cold_cache_bytes": options.cold_cache_bytes,
         "stock_tables": options.stock_tables,
     }
-
-
-@contextmanager
-def _agreement(group: dist.ProcessGroup) -> Iterator[Agree]:
-    """What loaders take as `agree`: over a process group of its own on the CPU, for it is a thread that asks."""
-    own = dist.new_group(backend="gloo")
-    yield gather_counts(own)
-    dist.destroy_process_group(own)  # not after an error, when the thread may still be in it
-
-
-def _train_loader(
-    config: RunConfig, name: str, data: ExperimentData, placement: RowPlacement, group: dist.ProcessGroup, agree: Agree
-) -> HotColdDataLoader:
-    """The train batches: "fae" takes the store, if there is one, and segregates; the others take the order of the data."""
-    options, schedule = config.loader, config.schedule
-    store = open_store(config, data, placement) if name == "fae" else None
-    guard = None if schedule.guard is None else Guard(**asdict(schedule.guard))
-    return HotColdDataLoader(
-        data.train if store is None else store,
-        placement,
-        batch_size=config.train.batch_size,
-        schedule=ShuffleSchedule(schedule.policy if name == "fae" else "stock", schedule.rate, schedule.patience, guard),
-        rank=group.rank(),
-        world_size=group.size(),
-        agree=agree,
-        window_batches=options.window_batches,
-        buffer_bytes=options.buffer_bytes,
-        drop_last=options.drop_last,
-        pin_memory=options.pin_memory and config.train.device == "cuda",
-        num_workers=options.workers,
-        prefetch=options.prefetch,
-        shuffle=options.shuffle and store is not None,
-        seed=options.seed,
-    )
 
 
 def _train_options(config: RunConfig) -> TrainOptions:
@@ -353,18 +269,3 @@ def _scores(
     batches = data.test.batches(config.train.eval_batch_size, rank=group.rank(), world_size=group.size())
     scores = evaluate(model, batches, device, group)
     return {"test_auc": scores.auc, "test_logloss": scores.logloss, "test_accuracy": scores.accuracy}
-
-
-def experiment_model(config: RunConfig, data: ExperimentData, device: torch.device) -> Any:
-    """The configured model, unsharded; on "meta" it takes no memory."""
-    return build_dlrm(
-        data.rows,
-        data.train.num_dense,
-        config.model.embedding_dim,
-        config.model.dense_arch,
-        config.model.over_arch,
-        config.train.optimizer,
-        config.train.learning_rate,
-        config.train.seed,
-        device,
-    )

@@ -95,7 +95,10 @@ class LaunchConfig:
         if self.hbm_budget is None:
             return None
         try:
-            return PlacementConfig(budget=self.hbm_budget).budget_bytes(total_bytes)
+            budget = PlacementConfig(budget=self.hbm_budget).budget_bytes(total_bytes)
+            if budget is None:
+                raise ConfigError('placement.budget: received "auto"; a launched script needs bytes or a share, such as "64MiB" or "10%"')
+            return budget
         except ConfigError as error:
             raise ConfigError(str(error).replace("placement.budget", "hbm_budget", 1)) from None
 

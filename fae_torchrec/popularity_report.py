@@ -25,8 +25,9 @@ from fae_torchrec.core.hot_set import (
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.doctor import collect
-from fae_torchrec.experiment import make_hot_set, placed_tables
+from fae_torchrec.experiment import placed_tables
 from fae_torchrec.experiment_data import open_data
+from fae_torchrec.experiment_placement import make_hot_set
 from fae_torchrec.experiment_profile import make_profile
 from fae_torchrec.report_parts import describe_environment, describe_profile
 from fae_torchrec.training.popularity_page import popularity_page, popularity_pictures

@@ -19,16 +19,9 @@ from fae_torchrec.core.hot_set import HotSet
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
-from fae_torchrec.experiment import (
-    check_run,
-    experiment_tables,
-    make_hot_set,
-    make_placement,
-    placed_tables,
-    prepare,
-    run_placement,
-)
+from fae_torchrec.experiment import check_run, experiment_tables, placed_tables, prepare, run_placement
 from fae_torchrec.experiment_data import open_data
+from fae_torchrec.experiment_placement import make_hot_set, make_placement
 from fae_torchrec.experiment_store import make_store
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, profile_of, write_parquet
 
@@ -37,7 +30,7 @@ OTHER_ROWS = "data.parquet.cardinalities={u: 40, v: 2001, w: 500}"
 
 def test_named_values_of_other_tables(tmp_path: Path) -> None:
     config = new_config(tmp_path)
-    placement = prepare(config, "fae", 1)
+    placement = prepare(config, "fae", 1)[1]
     given = experiment_tables(new_config(tmp_path, OTHER_ROWS), open_data(new_config(tmp_path, OTHER_ROWS)))
     for key, name in (("profile.path", "profile.npz"), ("placement.path", "placement.npz")):
         with pytest.raises(FingerprintError) as error:
@@ -79,10 +72,10 @@ def test_policy_and_sizes(tmp_path: Path) -> None:
 
 def test_placement_is_kept(tmp_path: Path) -> None:
     config = new_config(tmp_path)
-    placement = prepare(config, "fae", 1)
+    placement = prepare(config, "fae", 1)[1]
     assert sorted(os.listdir(tmp_path / "out")) == ["hot_set.npz", "placement.npz", "profile.npz"], "and no temporary file"
     named = new_config(tmp_path, f"placement.path={tmp_path / 'out' / 'placement.npz'}", f"output={tmp_path / 'new'}")
-    again = prepare(named, "fae", 1)
+    again = prepare(named, "fae", 1)[1]
     assert again.fingerprint == placement.fingerprint == RowPlacement.load(tmp_path / "new" / "placement.npz").fingerprint
     assert os.listdir(tmp_path / "new") == ["placement.npz"], "no profile is needed"
 
@@ -138,7 +131,7 @@ def test_tables_left_to_stock(tmp_path: Path) -> None:
     data = open_data(config)
     assert placed_tables(config, data).names == ("t_u", "t_w")
     assert experiment_tables(config, data).names == ("t_u", "t_v", "t_w")
-    placement = prepare(config, "fae", 2)
+    placement = prepare(config, "fae", 2)[1]
     assert placement.tables.names == ("t_u", "t_w")
     assert PopularityProfile.load(tmp_path / "out" / "profile.npz").tables.names == ("t_u", "t_w")
     write_parquet(tmp_path / "bad_id.parquet", TEST_SAMPLES, changes={"v": (150, 2000)})
@@ -146,7 +139,7 @@ def test_tables_left_to_stock(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column 'v', row 150"):
         check_run(bad, open_data(bad), placement, ["fae"], 2)
     # The placement of all tables is another one.
-    everything = prepare(new_config(tmp_path, f"output={tmp_path / 'all'}"), "fae", 1)
+    everything = prepare(new_config(tmp_path, f"output={tmp_path / 'all'}"), "fae", 1)[1]
     assert everything.fingerprint != placement.fingerprint
     with pytest.raises(FingerprintError, match="first difference: saved table 't_v'"):
         prepare(new_config(tmp_path, "placement.stock_tables=[t_v]", f"placement.path={tmp_path / 'all' / 'placement.npz'}"), "fae", 1)
@@ -197,7 +190,7 @@ def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
 def entries(ranks: int) -> list[dict[str, dict[str, Any]]]:
     with TemporaryDirectory() as folder:
         config = new_config(Path(folder), f"loader.store={folder}/store")
-        make_store(config, open_data(config), prepare(new_config(Path(folder)), "fae", ranks))
+        make_store(config, open_data(config), prepare(new_config(Path(folder)), "fae", ranks)[1])
         prepare(new_config(Path(folder), *RUNS["left"][1], f"output={folder}/left"), "fae", ranks)
         return run_on_local_ranks(_run_all, ranks, folder, timeout_s=240)
 

@@ -23,7 +23,8 @@ def one_rank() -> Iterator[None]:
 
 def _run(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
     config = new_config(folder, "train.device=cuda", *overrides)
-    return run_placement(0, config, name, prepare(config, name, 1), False)
+    config, placement = prepare(config, name, 1)
+    return run_placement(0, config, name, placement, False)
 
 
 @pytest.mark.parametrize("cold_tier", ["auto", "uvm_caching", "host"])

@@ -10,8 +10,9 @@ import pytest
 from fae_torchrec.config import RunConfig
 from fae_torchrec.core.errors import ConfigError, DataError, FAEError, FingerprintError
 from fae_torchrec.core.placement import RowPlacement
-from fae_torchrec.experiment import place_rows, prepare
+from fae_torchrec.experiment import prepare
 from fae_torchrec.experiment_data import ExperimentData, open_data
+from fae_torchrec.experiment_placement import place_rows
 from fae_torchrec.experiment_store import make_store, open_store
 from tests.raw_data import RAW
 from tests.small_config import TRAIN_SAMPLES, new_config, write_parquet, write_run

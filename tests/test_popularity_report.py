@@ -11,8 +11,9 @@ import pytest
 from fae_torchrec.core.hot_set import select_hot_set
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.doctor import Environment
-from fae_torchrec.experiment import make_hot_set, make_placement, placed_tables
+from fae_torchrec.experiment import placed_tables
 from fae_torchrec.experiment_data import open_data
+from fae_torchrec.experiment_placement import make_hot_set, make_placement
 from fae_torchrec.experiment_profile import make_profile
 from fae_torchrec.popularity_report import popularity_report, popularity_values, write_popularity_report
 from tests.core.small_profiles import profile_of_inputs, small_tables

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -32,6 +33,10 @@ class AccessRates:
     def ids_per_sample(self) -> float:
         """Accesses of all these rows per sample."""
         return float(self.rates @ self.rows)
+
+    def joined(self, other: AccessRates) -> AccessRates:
+        """The rows of both."""
+        return AccessRates(np.concatenate([self.rates, other.rates]), np.concatenate([self.rows, other.rows]))
 
     def distinct(self, samples: float) -> float:
         """Rows of these that a batch accesses, each once: expected under independent accesses."""
@@ -68,7 +73,8 @@ class TableAccess:
         ids: ids per sample of each of its features, hot and cold.
         cold_ids: cold ids per sample of each of its features.
         hot: the hot rows' rates.
-        cold: the cold rows' rates, those that the counts have not seen among them.
+        seen: the rates of cold rows that the counts have seen.
+        unseen: the rates of the others.
     """
 
     table: TableSpec
@@ -76,7 +82,20 @@ class TableAccess:
     ids: tuple[float, ...]
     cold_ids: tuple[float, ...]
     hot: AccessRates
-    cold: AccessRates
+    seen: AccessRates
+    unseen: AccessRates
+
+    @cached_property
+    def cold(self) -> AccessRates:
+        """The cold rows' rates."""
+        return self.seen.joined(self.unseen)
+
+    def all_hot(self) -> TableAccess:
+        """The same table with all of its rows hot."""
+        none = AccessRates(np.zeros(0), np.zeros(0))
+        return replace(
+            self, hot_rows=self.table.rows, cold_ids=(0.0,) * len(self.ids), hot=self.hot.joined(self.cold), seen=none, unseen=none
+        )
 
     @property
     def ids_per_sample(self) -> float:
@@ -112,32 +131,39 @@ def expected_access(profile: PopularityProfile, hot_ids: Mapping[str, np.ndarray
     found = {}
     for table in profile.tables:
         hot, counts = hot_ids[table.name], profile.counts[table.name]
-        all_hot = len(hot) == table.rows
-        ids, cold_ids, unseen = [], [], 0.0
+        ids, cold_ids, unseen = [], [], np.zeros(2)  # of cold rows and of hot rows
         for feature in table.feature_names:
             values = inputs.values[feature]
+            is_hot = _among(hot, values, table.rows)
             ids.append(values.size / inputs.num_samples)
-            cold = np.zeros(0, dtype=np.int64) if all_hot else values[find_slots(hot, values) < 0]
-            cold_ids.append(cold.size / inputs.num_samples)
-            unseen += int((find_slots(counts.ids, cold) < 0).sum()) / inputs.num_samples
-        is_hot = find_slots(hot, counts.ids) >= 0
+            cold_ids.append(int((~is_hot).sum()) / inputs.num_samples)
+            unseen += np.bincount(is_hot[find_slots(counts.ids, values) < 0], minlength=2) / inputs.num_samples
+        row_is_hot = _among(hot, counts.ids, table.rows)
+        hot_seen = int(row_is_hot.sum())
         found[table.name] = TableAccess(
             table=table,
             hot_rows=len(hot),
             ids=tuple(ids),
             cold_ids=tuple(cold_ids),
-            hot=_rates(counts, is_hot, sum(ids) - sum(cold_ids), 0.0, 0),
-            cold=_rates(counts, ~is_hot, sum(cold_ids), unseen, table.rows - len(hot) - int((~is_hot).sum())),
+            hot=_seen(counts, row_is_hot, sum(ids) - sum(cold_ids) - unseen[1]).joined(_even(unseen[1], len(hot) - hot_seen)),
+            seen=_seen(counts, ~row_is_hot, sum(cold_ids) - unseen[0]),
+            unseen=_even(unseen[0], table.rows - len(hot) - (counts.ids.size - hot_seen)),
         )
     return found
 
 
-def _rates(counts: RowCounts, chosen: np.ndarray, ids_per_sample: float, unseen_per_sample: float, unseen_rows: int) -> AccessRates:
-    """Levels of the chosen seen rows and of the unseen ones, whose accesses per sample add up to what is given."""
-    levels, rows = np.unique(counts.counts[chosen], return_counts=True)
-    seen = float(levels @ rows) if levels.size else 0.0
-    rates = levels * ((ids_per_sample - unseen_per_sample) / seen) if seen else levels * 0.0
-    if not unseen_rows:
-        return AccessRates(rates.astype(np.float64), rows.astype(np.float64))
-    unseen = unseen_per_sample / unseen_rows
-    return AccessRates(np.append(rates, unseen).astype(np.float64), np.append(rows, unseen_rows).astype(np.float64))
+def _among(hot: np.ndarray, ids: np.ndarray, rows: int) -> np.ndarray:
+    """Whether each id is hot: bool of the shape of `ids`; nothing is searched where all rows are hot."""
+    return np.ones(ids.shape, dtype=np.bool_) if len(hot) == rows else find_slots(hot, ids) >= 0
+
+
+def _seen(counts: RowCounts, chosen: np.ndarray, ids_per_sample: float) -> AccessRates:
+    """Levels of the chosen rows that were seen (bool [seen]), whose accesses add up to what is given."""
+    levels, number = np.unique(counts.counts[chosen], return_counts=True)
+    total = float(levels @ number) if levels.size else 1.0
+    return AccessRates(levels * (max(ids_per_sample, 0.0) / total), number.astype(np.float64))
+
+
+def _even(ids_per_sample: float, rows: int) -> AccessRates:
+    """Rows that are accessed alike, as one level; none if there are none."""
+    return AccessRates(np.full(min(rows, 1), ids_per_sample / max(rows, 1)), np.full(min(rows, 1), float(rows)))

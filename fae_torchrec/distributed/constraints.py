@@ -42,7 +42,8 @@ COLD_TIERS: Mapping[tuple[str, str], TierOptions] = {
     ("uvm", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM.value,), staged=True),
     ("uvm_caching", "cuda"): TierOptions(_BY_ROW, (EmbeddingComputeKernel.FUSED_UVM_CACHING.value,)),
 }
-_CACHE_SLOT_BYTES = 20  # FBGEMM 1.6 to 1.8: the cached row's index and its time (int64 each), and its lock (int32)
+CACHE_SLOT_BYTES = 20
+"""FBGEMM 1.6 to 1.8: the index of a cached row and its time (int64 each), and its lock (int32)."""
 # Replicated rows are on every rank; what stands there is for the homes of all-hot tables. TorchRec shards no pooled table by row on a CPU.
 HOT_TIERS: Mapping[tuple[str, str], TierOptions] = {
     ("replicated", "cpu"): TierOptions(_BY_TABLE, _FUSED),
@@ -116,7 +117,7 @@ def cold_cache(placement: RowPlacement, options: TierOptions, cache_bytes: int |
     load_factor = None
     if cache_bytes is not None:
         cold = [table for table in placement.tables if placement.kind(table.name) is not TableKind.HOT]
-        whole = sum(table.rows * (table.weight_bytes + _CACHE_SLOT_BYTES) for table in cold)
+        whole = sum(table.rows * (table.weight_bytes + CACHE_SLOT_BYTES) for table in cold)
         load_factor = min(1.0, cache_bytes * world_size / whole) if whole else None
     return CacheParams(algorithm=CacheAlgorithm.LRU, load_factor=load_factor, prefetch_pipeline=True)
 

@@ -14,7 +14,6 @@ from torchrec.distributed.types import EnumerableShardingSpec, ModuleSharder, Pa
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableKind, TableSpec
 from fae_torchrec.distributed.constraints import TierOptions
-from fae_torchrec.distributed.fast_memory import shard_rows
 
 Parameters = dict[str, nn.Parameter]
 
@@ -69,10 +68,10 @@ def all_hot_homes(
     """
     homes = {}
     tables = sorted(tables, key=lambda table: (-table.total_bytes, table.name))
-    held = [
-        sum(shard_rows(cold[table.name], rank) * table.row_bytes for table in tables if table.name in cold)
-        for rank in range(topology.world_size)
-    ]
+    held = [0] * topology.world_size
+    for table in (table for table in tables if table.name in cold):
+        for shard in cold[table.name].sharding_spec.shards:
+            held[shard.placement.rank()] += shard.shard_sizes[0] * table.row_bytes
     for table in tables:
         if placement.kind(table.name) is not TableKind.HOT:
             continue

@@ -7,23 +7,19 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import ShardingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from fae_torchrec.core.placement import RowPlacement
+from fae_torchrec.distributed.hardware_topology import machine_topology
 from fae_torchrec.distributed.planner import FAEShardingPlanner
 from fae_torchrec.distributed.sharder import get_fae_sharders
 from fae_torchrec.modules.model_tables import model_tables
-
-# The stock planner may choose what does the same arithmetic as the unsharded table. Not data parallel: TorchRec 1.8 then trains the table
-# with the dense optimizer instead of its fused one. Not column-wise: a row-wise optimizer then keeps a state per column shard.
-_SAME_ARITHMETIC = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value]
+from fae_torchrec.training.baselines import SAME_ARITHMETIC, StockBaseline, stock_planner
 
 
 def fae_planner(
@@ -46,7 +42,7 @@ def fae_planner(
         placement,
         topology=topology,
         batch_size=batch_size,
-        constraints=_stock_constraints(left),
+        constraints=stock_constraints(left),
         cold_tier=cold_tier,
         hot_tier=hot_tier,
         stock_tables=left,
@@ -65,13 +61,15 @@ def shard_model(
     cold_tier: str = "auto",
     cold_cache_bytes: int | None = None,
     stock_tables: Iterable[str] = (),
+    baseline: StockBaseline | None = None,
+    cache_bytes: int | None = None,
 ) -> DistributedModelParallel:
     """Shards a model and gives it the unsharded model's weights, so that every placement starts from the same.
 
     Args:
         model: unsharded, with real weights.
         placement: hot and cold rows, or None for TorchRec's own EmbeddingShardingPlanner (over the sharding types that keep the tables'
-            optimizer as it is; see `_SAME_ARITHMETIC`).
+            optimizer as it is; see `SAME_ARITHMETIC`).
         batch_size: per rank.
         device: where to train.
         group: the ranks.
@@ -79,14 +77,15 @@ def shard_model(
         cold_tier: as FAEShardingPlanner.
         cold_cache_bytes: as FAEShardingPlanner.
         stock_tables: tables that the placement does not know, left to stock sharding.
+        baseline: without a placement, where TorchRec's planner may put the tables; None lets it choose.
+        cache_bytes: of a baseline that caches, see `stock_planner`.
     """
     # Names, not the module: the unsharded tables are freed with the returned dict's last reader.
     weights = dict(model.state_dict())
-    topology = Topology(world_size=group.size(), local_world_size=get_local_size(group.size()), compute_device=device.type)
+    topology = machine_topology(group.size(), device.type)
     if placement is None:
         sharders = get_default_sharders()
-        constraints = _stock_constraints(model_tables(model).names)
-        planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
+        planner = stock_planner(model_tables(model), topology, batch_size, baseline, cache_bytes)
         plan = planner.collective_plan(model, sharders, group)
     else:
         sharders = get_fae_sharders()
@@ -112,5 +111,6 @@ def build_optimizer(model: DistributedModelParallel, dense_learning_rate: float)
     return CombinedOptimizer([model.fused_optimizer, dense])
 
 
-def _stock_constraints(tables: Iterable[str]) -> dict[str, ParameterConstraints]:
-    return {name: ParameterConstraints(sharding_types=_SAME_ARITHMETIC) for name in tables}
+def stock_constraints(tables: Iterable[str]) -> dict[str, ParameterConstraints]:
+    """What the stock planner may choose for tables that it plans alone: what does the same arithmetic as the unsharded table."""
+    return {name: ParameterConstraints(sharding_types=list(SAME_ARITHMETIC)) for name in tables}
