@@ -77,8 +77,11 @@ def end_lines(record: dict[str, Any]) -> list[str]:
         )
     if record["placement"] == "fae" and "EmbeddingShardingPlanner" not in record["used"]:
         lines.append("the script did not plan a model with the placement's tables: FAE had no effect")
-    if record["placement"] == "fae" and record["why_not"] is not None:
-        lines.append(f"FAE does not pay here, because {record['why_not']}.")
+    if record["why_not"] is not None:
+        if record["hot_share"] is not None and record["hot_share"] >= record["config"]["least_hot_inputs"]:
+            lines.append("more steps were hot than the profile promised: the script feeds samples again that were counted")
+        else:
+            lines.append(f"FAE does not pay here, because {record['why_not']}.")
     lines += record["notes"]
     return _block([*lines, f"all figures: {record['path']}"])
 
