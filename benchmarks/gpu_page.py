@@ -79,7 +79,7 @@ GPU's memory for rows: hot ones and the staging area of cold ones (FAE), or a ca
 run; a figure is the median of its blocks, and the spread is given because the step of a fast placement waits for a host that is not idle.
 `samples/s` is the whole training step through each placement's pipeline, `embedding stage` the tables alone (through the pipeline, and by
 the GPU's own clock, without what the host takes). Batches are made, and FAE's split by tier, before; "streamed" does it meanwhile. They
-repeat after an epoch of {record["options"]["samples"]:,} samples, which favours a cache that holds all of its rows (5 % and 10 % in HBM)."""
+repeat after an epoch of {record["options"]["samples"]:,} samples, which favours a cache of all its rows (5 % and 10 % in HBM)."""
 
 
 def _goals(found: Sequence[dict[str, Any]], bare: Sequence[dict[str, Any]]) -> str:

@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="a preset (v100, t4, a10, a100, h100, h200, gh200, cpu) or a file that `fae measure` wrote, and ranks of it: v100:8 "
                 "(default: machines like this one, with train.device)",
             )
+            _add_what_if(command)
         if name in ("segregate", "train", "compare"):
             command.add_argument("--store", metavar="DIR", help="the store of hot and cold samples (default: loader.store)")
         if name == "segregate":
@@ -183,6 +184,32 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--keep", type=int, metavar="N", help="checkpoints that stay (default: checkpoint.keep)")
             command.add_argument("--tensorboard", metavar="DIR", help="write TensorBoard scalars (default: train.tensorboard)")
     return parser
+
+
+def _add_what_if(command: argparse.ArgumentParser) -> None:
+    """The options of `fae plan --what-if`."""
+    add = command.add_argument
+    add(
+        "--what-if",
+        action="store_true",
+        help="predict a step's time and bytes under every placement and budget, on all that --hardware names (v100:1,4,8 h200): the "
+        "winner, the margin, and whether FAE pays; writes OUTPUT/what_if.json, .html and .png (docs/what_if.md)",
+    )
+    add(
+        "--budgets",
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="with --what-if: shares of all tables' bytes (default: ten, 0.1%% to 100%%)",
+    )
+    add(
+        "--access",
+        choices=("auto", "law", "profile", "uniform"),
+        default="auto",
+        help="with --what-if: where access curves come from; the law of generated data, a profile, or every row alike (default: the law if "
+        "the data are generated, else the profile)",
+    )
+    add("--calibration", metavar="FILE", help="with --what-if: measured steps to feed back, JSON (docs/what_if.md)")
 
 
 def _run(arguments: argparse.Namespace) -> int:

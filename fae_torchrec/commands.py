@@ -119,10 +119,12 @@ def run_place(arguments: Namespace, config: RunConfig) -> int:
 
 
 def run_plan(arguments: Namespace, config: RunConfig) -> int:
-    """Plans the model for given ranks and hardware."""
-    from fae_torchrec.plan import run_plan as run
+    """Plans the model for given ranks and hardware, or predicts what would be."""
+    from fae_torchrec.plan import run_plan as plan
+    from fae_torchrec.what_if import check_options, run_what_if
 
-    return run(arguments, config)
+    check_options(arguments)
+    return (run_what_if if arguments.what_if else plan)(arguments, config)
 
 
 def run_segregate(arguments: Namespace, config: RunConfig) -> int:

@@ -31,6 +31,7 @@ from fae_torchrec.training.report import write_json
 from fae_torchrec.training.whole_file import write_whole
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_PRESET = {"cpu": "cpu", "cuda": "h100"}  # by train.device, where no hardware is named
 _POINT_KEYS = {"placement", "budget_bytes", "ranks", "batch_size", "step_s"}
 
 
@@ -73,11 +74,22 @@ def what_if(
     return found
 
 
+def check_options(arguments: Namespace) -> None:
+    """Refuses options of --what-if without it.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    given = [name for name in ("budgets", "calibration") if getattr(arguments, name)]
+    if given and not arguments.what_if:
+        raise ConfigError(f"{', '.join(f'--{name}' for name in given)}: only with --what-if; add it, or leave these out")
+
+
 def run_what_if(arguments: Namespace, config: RunConfig) -> int:
     """Predicts, writes OUTPUT/what_if.html, .png and .json, and prints what is best."""
     outlooks = what_if(
         config,
-        machines=[machine_of(text, arguments.ranks) for text in arguments.hardware],
+        machines=[machine_of(text, arguments.ranks) for text in arguments.hardware or [_PRESET[config.train.device]]],
         shares=[_share(text) for text in arguments.budgets] if arguments.budgets else SHARES,
         access=arguments.access,
         calibration=_points(arguments.calibration) if arguments.calibration else (),
