@@ -83,17 +83,22 @@ def run_script(
         failure = leave if leave.code not in (None, 0) else None
     except BaseException as error:
         failure = error
-        if isinstance(error, FingerprintError) and first:  # the model's tables are others than those of the last launch
-            forget(config)
+        if isinstance(error, FingerprintError) and config.placement is None and config.profile is None:
+            failure = FingerprintError(
+                f"{error}. The placement was an earlier launch's; it is forgotten: launch again, and it is made anew"
+            )
+            if first:
+                forget(config)
     said = None if failure is None else f"{type(failure).__name__}: {failure}"
     record = make_record(script, prepared, session, ranks.world_size, placement, said, str(path))
     if first:
         write_json(record, path)
         if announce is not None:
             announce(end_lines(record))
+    if failure is None or isinstance(failure, FAEError) or type(failure).__name__ == "PlannerError":  # else the other ranks may go on
+        _leave_group()
     if failure is not None:
         raise failure
-    _leave_group()
     return record
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,11 @@ def make_placement(folder: Path, *, rows: int = ROWS, hot_inputs: float = 0.75) 
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs the script in this process, on one rank: the record, what the script told, and what was announced."""
     make_placement(tmp_path)
 
-    def once(*arguments: str, placement: Any = "fae", told: bool = True, **config: Any) -> Any:
+    def once(*arguments: str, wanted: Any = "fae", told: bool = True, **config: Any) -> Any:
         with socket.socket() as free:
             free.bind(("", 0))
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -64,10 +64,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         given = {"placement": str(tmp_path / "placement.npz"), "output": str(tmp_path / "output"), **config}
         said: list[str] = []
         script = ScriptRun(str(SCRIPT), ("--told", str(tmp_path), *arguments))
-        record = run_script(LaunchConfig.from_dict(given), script, placement=placement, announce=said.extend)
+        record = run_script(LaunchConfig.from_dict(given), script, placement=wanted, announce=said.extend)
         return record, json.loads((tmp_path / "rank0.json").read_text()) if told else {}, said
 
-    return once
+    yield once
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def script_arguments(**values: Any) -> Namespace:
@@ -136,7 +138,7 @@ def test_a_script_that_leaves_an_iterator_in_the_middle(run: Run) -> None:
 
 
 def test_placement_alone_gives_the_stock_losses(run: Run) -> None:
-    _, stock, _ = run(placement="stock")
+    _, stock, _ = run(wanted="stock")
     record, placed, _ = run(schedule={"policy": "stock"})
     assert record["steps"]["hot"] == 0
     assert placed["train"] == stock["train"]
@@ -180,7 +182,7 @@ def test_where_it_does_not_pay_the_script_runs_on_stock(run: Run, tmp_path: Path
     assert any("more steps were hot than the profile promised" in line for line in said), "the figure was made up by the test"
 
 
-def test_everything_is_put_back(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_everything_is_put_back(run: Run, tmp_path: Path) -> None:
     argv, path = list(sys.argv), list(sys.path)
     run()
     with pytest.raises(ValueError, match="the script fails at its end"):
@@ -190,17 +192,19 @@ def test_everything_is_put_back(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_p
     record = json.loads((tmp_path / "output" / "launch.json").read_text())
     assert record["error"] == "ValueError: the script fails at its end"
     assert record["steps"]["hot"] + record["steps"]["other"] == STEPS
-    torch.distributed.destroy_process_group()
 
 
-def test_another_models_placement_is_an_error_before_training(run: Run, tmp_path: Path) -> None:
+def test_another_models_placement_is_an_error_before_training(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_placement(tmp_path, rows=ROWS + 1)
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "launch_key.json").write_text("{}")
     with pytest.raises(FingerprintError, match="t_user"):
         run(told=False)
-    assert not (tmp_path / "output" / "launch_key.json").exists(), "the next launch measures again"
-    torch.distributed.destroy_process_group()
+    # As if it had been found in the output folder.
+    placement = RowPlacement.load(tmp_path / "placement.npz")
+    monkeypatch.setattr("fae_torchrec.launch_placement.prepare", lambda *_, **__: Prepared(placement, "of an earlier launch", None))
+    (tmp_path / "output" / "launch_key.json").write_text("{}")
+    with pytest.raises(FingerprintError, match="launch again, and it is made anew"):
+        run(told=False, placement=None, hbm_budget="1MiB")
+    assert not (tmp_path / "output" / "launch_key.json").exists()
 
 
 def fae(folder: Path, *arguments: str, ranks: int = 1, module: str = "fae_torchrec.cli") -> subprocess.CompletedProcess[str]:
