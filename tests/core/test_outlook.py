@@ -201,10 +201,11 @@ def test_whole_tables_of_the_same_bytes_are_what_hot_rows_must_beat() -> None:
     held = sum(sum(sizes[: number + 1]) <= GIB for number in range(26)) / 26
     assert held == 20 / 26
     needed = 1 - 0.7 * (1 - held)
-    for coverage, pays in ((needed + 0.01, True), (needed - 0.01, False)):
-        for ours in (_fae(0.005, coverage=coverage), _fae(0.005, coverage=coverage, placement="fae_sharded", budget_bytes=GIB // 8)):
-            ranks = 1 if ours.placement == "fae" else 8
-            found, advice = _advised(_option("uvm", 0.010), ours, ranks=ranks)
+    # One rank, hot rows copied to eight ranks, and hot rows spread over eight ranks: 1 GiB of different rows each time.
+    cases: list[tuple[int, dict[str, Any]]] = [(1, {}), (8, {}), (8, {"placement": "fae_sharded", "budget_bytes": GIB // 8})]
+    for ranks, more in cases:
+        for coverage, pays in ((needed + 0.01, True), (needed - 0.01, False)):
+            found, advice = _advised(_option("uvm", 0.010), _fae(0.005, coverage=coverage, **more), ranks=ranks)
             assert found == pays, advice
             assert pays or f"hot rows take {coverage:.1%} of the lookups, whole tables of the same bytes {held:.1%}" in advice
     assert not _advised(_option("hbm", 0.010), _fae(0.005, coverage=needed - 0.01))[0]
