@@ -60,12 +60,12 @@ def plan(
     h: str = "",
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
 ) -> specs.AppDef:
-    """Plans where the tables' rows would lie and what a step would cost, without training: prints a table of every module.
+    """Plans where the rows of every table would lie, for ranks and hardware that need not be there: writes plan.json or what_if.json.
 
     One role with one replica.
 
     Args:
-        args: more arguments of `fae plan`, after `--`, such as `-- --what-if`
+        args: more arguments of `fae plan`, after `--`, such as `-- --what-if --hardware v100:8`
         config: the run's description, a YAML or JSON file
         output: folder of what is written (default: what the config says)
         overrides: config keys to override, such as placement.budget=64MiB,train.batch_size=8192

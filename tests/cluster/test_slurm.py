@@ -19,7 +19,8 @@ import pytest
 from tests.cluster.slurm import NODES, PROGRAMS, Cluster, ClusterError, cluster
 from tests.small_config import TRAIN_SAMPLES, write_experiment
 
-FILE = Path(__file__).resolve().parents[2] / "torchx_components" / "fae.py"
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "torchx_components" / "fae.py"
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
 
 pytestmark = [
@@ -66,6 +67,18 @@ def test_a_training_on_two_nodes_reaches_its_end(slurm: Cluster, tmp_path: Path)
     assert train["samples"] == 2 * 2 * (TRAIN_SAMPLES // 2), "two epochs, as many samples on each rank"
     assert set(train["steps_by_kind"]) == {"hot", "cold"} and train["test_auc"] > 0
     assert "fae on 2 rank(s)" in log_of(tmp_path), "on one of the nodes: torchrun says which has rank 0"
+
+
+def test_an_unmodified_script_is_launched_on_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "fae.json").write_text('{"hbm_budget": "200KiB", "profile_batches": 8, "window_batches": 8}')
+    (tmp_path / "told").mkdir()
+    script = str(ROOT / "tests" / "launch_scripts" / "train_bags.py")
+    options = ["--config", "fae.json", "--script", script, "--j", "2x1", "--cpu", "1", "--memMB", "2000", "--env", "GLOO_SOCKET_IFNAME=lo"]
+    job = submit(slurm, tmp_path, "launch", *options, "--", "--told", "told", "--steps", "8")
+    assert slurm.wait_for(job, 120) == {"launch-0": "COMPLETED", "launch-1": "COMPLETED"}, log_of(tmp_path)
+    assert {path.name for path in (tmp_path / "told").iterdir()} == {"rank0.json", "rank1.json"}, "the script's own ends, on both nodes"
+    launched = json.loads((tmp_path / "runs" / "launch" / "launch.json").read_text())
+    assert (launched["world_size"], launched["placement"]) == (2, "fae") and launched["steps"]["hot"] > 0
 
 
 def test_the_parts_of_a_job_are_on_two_nodes(slurm: Cluster) -> None:
