@@ -118,13 +118,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m fae_torchrec.
         prog: what help and messages call the command.
 
     Returns:
-        The exit code: 0 done, 2 bad input (one message on standard error). What the script raises comes out as it is.
+        The exit code: 0 done, 2 bad input (one message on standard error), 130 interrupted. What the script raises comes out as it is.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         options, rest = split_arguments(given)
         arguments = parser(prog).parse_args(options)
         return _run(arguments, rest)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
     except FAEError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

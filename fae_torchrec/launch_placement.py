@@ -13,6 +13,7 @@ from fae_torchrec.core.fingerprint import fingerprint
 from fae_torchrec.core.hot_set import select_hot_set
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.popularity import PopularityProfile
+from fae_torchrec.core.row_ids import find_slots
 from fae_torchrec.core.tables import TableKind
 from fae_torchrec.launch_config import LaunchConfig
 from fae_torchrec.launch_profile import profile_script
@@ -69,6 +70,7 @@ def prepare(config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, *, show
         folder = Path(config.output)
         profile.save(folder / "profile.npz")
         placement = _selected(config, profile, folder)
+        told["fresh_coverage"] = fresh_coverage(profile, placement)
         key_text = json.dumps({"measured": key[0], "selected": key[1], "script": script.text, "told": told}, indent=1)
         write_whole(key_text + "\n", folder / "launch_key.json")
         return _judged(config, placement, f"made from {profile.source}", ranks.world_size, told)
@@ -111,8 +113,10 @@ def _found(config: LaunchConfig, key: tuple[str, str], world_size: int) -> Prepa
         if kept["selected"] == key[1]:
             placement = RowPlacement.load(folder / "placement.npz")
         else:
-            placement = _selected(config, PopularityProfile.load(folder / "profile.npz"), folder)
-            write_whole(json.dumps({**kept, "selected": key[1]}, indent=1) + "\n", path)
+            profile = PopularityProfile.load(folder / "profile.npz")
+            placement = _selected(config, profile, folder)
+            kept = {**kept, "selected": key[1], "told": {**kept["told"], "fresh_coverage": fresh_coverage(profile, placement)}}
+            write_whole(json.dumps(kept, indent=1) + "\n", path)
     except BudgetError:
         raise
     except (FAEError, ValueError, KeyError):
@@ -132,6 +136,15 @@ def _selected(config: LaunchConfig, profile: PopularityProfile, folder: Path) ->
 
 def _judged(config: LaunchConfig, placement: RowPlacement, origin: str, world_size: int, told: Mapping[str, Any]) -> Prepared:
     return Prepared(placement, origin, does_not_pay(placement, config.least_hot_inputs, world_size), told)
+
+
+def fresh_coverage(profile: PopularityProfile, placement: RowPlacement) -> float | None:
+    """Share of the accesses that are hot, of the samples that were not counted; None if all were, or they access nothing."""
+    if profile.fresh_inputs is None:
+        return None
+    found = [find_slots(placement.hot_ids[name], profile.fresh_inputs.values[feature]) >= 0 for name, feature in placement.tables.lookups]
+    accesses = sum(hot.size for hot in found)
+    return sum(int(hot.sum()) for hot in found) / accesses if accesses else None
 
 
 def does_not_pay(placement: RowPlacement, least_hot_inputs: float, world_size: int) -> str | None:

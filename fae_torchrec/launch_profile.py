@@ -1,7 +1,4 @@
-"""The profiling pass of `fae launch`: a child process of each rank runs the script until its first batches are counted.
-
-`python -m fae_torchrec.launch_profile JOB` is that child; nobody else calls it.
-"""
+"""The profiling pass of `fae launch`: a child process of each rank runs the script until its first batches are counted."""
 
 from __future__ import annotations
 
@@ -28,6 +25,12 @@ from fae_torchrec.launch_script import ScriptRun
 
 _KEPT_INPUTS, _FRESH_INPUTS = 131_072, 65_536  # over all ranks
 _LOG_LINES = 15
+PROFILING = "FAE_LAUNCH_PROFILING"
+"""In the environment of the child, for scripts that write what should not be written twice."""
+# This package is found last, and the current folder not at all: the script's imports are those that it would have.
+_CHILD = (
+    "import sys; sys.path[:] = [p for p in sys.path if p] + [sys.argv[1]]; from fae_torchrec.launch_profile import main; main(sys.argv[2:])"
+)
 
 
 def profile_script(
@@ -73,7 +76,7 @@ def _run_child(config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, port
         try:
             with log.open("wb") as output:
                 code = subprocess.run(
-                    [sys.executable, "-m", __name__, str(Path(folder, "job"))],
+                    [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[1]), str(Path(folder, "job"))],
                     env=_environment(port, ranks.world_size),
                     stdout=output,
                     stderr=output,
@@ -96,10 +99,8 @@ def _run_child(config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, port
 def _environment(port: int, world_size: int) -> dict[str, str]:
     """The rank's environment, but for a meeting place of the pass's own, so that the script's real group finds nothing of it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC_", "FAE_LAUNCH_"))}
-    # The folder of this package, wherever the child's script lies.
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [kept.get("PYTHONPATH")])])
     own = {"MASTER_PORT": str(port)} if world_size > 1 or "MASTER_PORT" in kept else {}
-    return {**kept, **own, "PYTHONPATH": path}
+    return {**kept, **own, PROFILING: "1"}
 
 
 def _failed(script: ScriptRun, log: Path, how: str) -> FAEError:
@@ -186,7 +187,3 @@ def _count(job: dict[str, Any]) -> Any:
         traceback.print_exc()
         ended = failure = f"the script raised {type(error).__name__}"
     return counter.counted(ended), failure
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

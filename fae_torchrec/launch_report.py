@@ -37,7 +37,7 @@ def start_lines(script: ScriptRun, prepared: Prepared, session: Session, world_s
             f"{bytes_text(placement.budget_bytes)}; {_rows_text(placement)}",
             f"  expected: {percent_text(placement.hot_inputs)} % of the samples all hot "
             f"({' to '.join(map(percent_text, placement.hot_inputs_interval))} %)",
-            f"  coverage: {percent_text(placement.coverage)} % of the accesses that chose the hot rows",
+            f"  coverage: {_coverage_text(prepared, placement)}",
         ]
     if prepared.profiled:
         told = prepared.profiled
@@ -160,6 +160,13 @@ def _peak_bytes() -> dict[str, int]:
 def _rows_text(placement: RowPlacement) -> str:
     hot = sum(placement.hot_rows(name) for name in placement.tables.names)
     return f"{hot:,} of {sum(table.rows for table in placement.tables):,} rows in {len(placement.tables)} tables"
+
+
+def _coverage_text(prepared: Prepared, placement: RowPlacement) -> str:
+    fresh = prepared.profiled.get("fresh_coverage")
+    if fresh is None:
+        return f"{percent_text(placement.coverage)} % of the accesses that were counted are hot"
+    return f"{percent_text(fresh)} % of the accesses of samples that were not counted are hot"
 
 
 def _block(lines: list[str]) -> list[str]:

@@ -227,6 +227,7 @@ def test_two_ranks_profile_first_and_a_second_launch_finds_it(tmp_path: Path, mo
     assert record["placement"] == "fae"
     assert record["hot_share"] > 0.5
     assert record["profiled"]["batches"] == 2 * STEPS
+    assert 0.7 < record["profiled"]["fresh_coverage"] < 0.95 < record["placed"]["coverage"], "rows that were counted once pass for popular"
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [[len(step) for step in t["train"][0]] for t in told[:1]] == [[len(step) for step in t["train"][0]] for t in told[1:]]
     for rank, t in enumerate(told):

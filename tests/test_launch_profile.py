@@ -25,8 +25,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import Optimizer, TableSet, TableSpec
-from fae_torchrec.data.partial_profile import Sampling
-from fae_torchrec.launch_placement import does_not_pay
+from fae_torchrec.data.partial_profile import ProfileTally, Sampling
+from fae_torchrec.launch_placement import does_not_pay, fresh_coverage
 from fae_torchrec.launch_profile import _merged
 from fae_torchrec.launch_script import ScriptRun
 from fae_torchrec.launch_standins import BatchCounter, Profiled, ids_of, stand_ins
@@ -124,6 +124,17 @@ def test_ranks_are_merged_and_one_that_is_fed_the_same_is_not_counted_twice() ->
     assert profile is not None
     assert profile.counts["t_a"].ids.tolist() == [1, 2, 3]
     assert (told["batches"], told["samples"], told["ended"]) == (3, 3, "done")
+
+
+def test_coverage_of_samples_that_were_not_counted() -> None:
+    """Of six samples three were counted; the others access the rows 1, 3 and 2, of which 1 and 2 are hot."""
+    tally = ProfileTally(TableSet((TableSpec("t", 10, 4, ("a",)),)), Sampling(0.5, 7, 100, 100))
+    given = KeyedJaggedTensor(["a"], torch.tensor([1, 1, 2, 1, 3, 2]), lengths=torch.ones(6, dtype=torch.int32))
+    tally.add_batch(given, np.array([0.1, 0.2, 0.3, 0.7, 0.8, 0.9]), np.arange(6))  # the first three are counted
+    profile = tally.partial().profile()
+    placement = RowPlacement(profile.tables, {"t": np.array([1, 2])}, "test", 1000, 0.5, 1.0)
+    assert profile.coverage(placement.hot_ids) == 1.0
+    assert fresh_coverage(profile, placement) == 2 / 3
 
 
 def test_nothing_counted_is_no_profile() -> None:
