@@ -50,6 +50,8 @@ def start_lines(script: ScriptRun, prepared: Prepared, session: Session, world_s
     else:
         if prepared.why_not is not None:
             lines.append("the run goes on with FAE all the same (when_not_paying: fae)")
+        elif session.placement.tables.total_bytes <= session.placement.budget_bytes:
+            lines.append("all tables fit into the budget; TorchRec could keep them there too: FAE saves only exchanges between ranks")
         lines += ["replaced:", *(f"  {text}" for text in _REPLACED.values())]
     return _block(lines)
 
