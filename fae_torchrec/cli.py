@@ -43,7 +43,8 @@ _COMMANDS = {
     "loader.store, or to OUTPUT/store; train and compare read it if loader.store (--store) names it",
     "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); with --checkpoint it "
     "goes on from the newest checkpoint of that folder; writes OUTPUT/train.json",
-    "compare": "train all configured placements on the same data and seed; writes OUTPUT/report.json and OUTPUT/report.html",
+    "compare": "train placements on the same data and seed, in turns, and set them side by side; writes OUTPUT/report.json, .html and .md; "
+    "of a config (--config), or of your own TorchRec script (--script, docs/comparing.md)",
     "measure": "time what this machine's ranks can do, for `fae plan --what-if --hardware FILE`; writes that file; half a minute",
     "launch": "run an unmodified TorchRec training script with hot and cold rows: launch --config FILE SCRIPT ARGUMENTS, alone or under "
     "torchrun; the config is one of its own (docs/launch.md); writes OUTPUT/launch.json",
@@ -75,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fae_torchrec.launch import main as launch  # it parts our options from the script's, which argparse cannot
 
         return launch(given[1:], "fae launch")
+    given, of_script = _parted(given)
     arguments = _parser().parse_args(given)
     try:
         if arguments.command == "doctor":
             from fae_torchrec.doctor import examine  # alone: it must run where torch is missing
 
             return examine(arguments.json)
-        arguments.command_line = ["fae", *given]
+        arguments.command_line, arguments.script_arguments = ["fae", *given, *(["--", *of_script] if of_script else [])], of_script
         if arguments.command == "measure":
             from fae_torchrec.distributed.local_ranks import quiet_host
             from fae_torchrec.measure import run_measure
@@ -100,6 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fae {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _parted(given: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments of ours and, after `--`, those of the script that `fae compare` runs."""
+    if given[:1] != ["compare"] or "--" not in given:
+        return given, []
+    at = given.index("--")
+    return given[:at], given[at + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--quiet", action="store_true", help="no progress bars")
         if name in _WITHOUT_CONFIG:
             continue
-        command.add_argument("--config", required=True, metavar="FILE", help="the experiment, YAML or JSON")
+        command.add_argument("--config", required=name != "compare", metavar="FILE", help="the experiment, YAML or JSON")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated")
         if name != "vocabulary":
             command.add_argument("--output", metavar="DIR", help="folder for what is written (default: `output` of the config)")
@@ -168,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--workers", type=int, metavar="N", help="processes that read and write (default: loader.workers)")
         if name == "compare":
             command.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks (default: compare.ranks)")
+            _add_compare(command)
         if name == "train":
             command.add_argument("--placement", choices=("stock", "fae", "fae-unsegregated"), default="fae", help=_PLACEMENT_HELP)
             command.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)")
@@ -184,6 +195,31 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--keep", type=int, metavar="N", help="checkpoints that stay (default: checkpoint.keep)")
             command.add_argument("--tensorboard", metavar="DIR", help="write TensorBoard scalars (default: train.tensorboard)")
     return parser
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    """The options of `fae compare` beside its config's keys."""
+    add = command.add_argument
+    add("--repeats", type=int, metavar="N", help="how often each is run, in turns, in another order each time (default: compare.repeats)")
+    add(
+        "--placements",
+        nargs="+",
+        metavar="NAME",
+        help="what is compared (default: compare.placements): fae, fae-unsegregated, and TorchRec's own: stock; on CUDA also stock-hbm, "
+        "stock-uvm, stock-uvm-caching, stock-prefetch; on a CPU stock-host. With --script: stock, fae, and fae:KEY=VALUE,... for fae with "
+        "other keys of the launch config (default: stock fae)",
+    )
+    add(
+        "--allow-unequal",
+        action="store_true",
+        default=None,
+        help="report runs that did not do the same work, marked as not comparable, instead of ending with code 2",
+    )
+    own = command.add_argument_group("your own script", "fae compare --script SCRIPT --launch FILE [options] -- ARGUMENTS OF THE SCRIPT")
+    own.add_argument("--script", metavar="SCRIPT", help="instead of --config: a TorchRec training script, as `fae launch` runs it")
+    own.add_argument("--module", metavar="NAME", help="instead of --script: a module, as after python -m")
+    own.add_argument("--launch", metavar="FILE", help='with --script: the config of `fae launch`, such as {"hbm_budget": "64MiB"}')
+    own.add_argument("--warm-up", type=int, metavar="N", help="with --script: first steps that are not in the step times (default: 5)")
 
 
 def _add_what_if(command: argparse.ArgumentParser) -> None:
@@ -224,6 +260,8 @@ def _run(arguments: argparse.Namespace) -> int:
     ranks = getattr(arguments, "ranks", None)
     if isinstance(ranks, int) and ranks < 1:
         raise ConfigError(f"--ranks: received {ranks}; give at least 1")
+    if arguments.command == "compare" and commands.is_of_script(arguments):
+        return commands.run_compare_script(arguments)
     config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
     if getattr(arguments, "output", None):
         config = replace(config, output=arguments.output)
@@ -241,6 +279,9 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         "checkpoint_every": "checkpoint.every_steps",
         "keep": "checkpoint.keep",
         "tensorboard": "train.tensorboard",
+        "repeats": "compare.repeats",
+        "placements": "compare.placements",
+        "allow_unequal": "compare.allow_unequal",
     }
     given = {key: getattr(arguments, option, None) for option, key in keys.items()}
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]  # JSON is YAML, whatever a path has in it

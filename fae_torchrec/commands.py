@@ -215,8 +215,66 @@ def run_compare(arguments: Namespace, config: RunConfig) -> int:
         config = replace(config, compare=replace(config.compare, ranks=tuple(arguments.ranks)))
     report = compare(config, arguments.command_line, show_progress=not arguments.quiet)
     paths = write_report(report, config.output)
-    _print(arguments, [text_table(report), "", *(str(path) for path in paths)], paths[0].read_text(encoding="utf-8"))
+    _print(arguments, [text_table(report), "", *_told(report), *map(str, paths)], paths[0].read_text(encoding="utf-8"))
     return 0
+
+
+def is_of_script(arguments: Namespace) -> bool:
+    """Whether `fae compare` is of a script rather than of a config.
+
+    Raises:
+        ConfigError: both are given, or neither, or options of the other one.
+    """
+    script, of_config = arguments.script or arguments.module, ("config", "store", "max_bad_lines")
+    if not script:
+        wrong = [name for name, value in (("--launch", arguments.launch), ("--warm-up", arguments.warm_up)) if value is not None]
+        wrong += ["-- ARGUMENTS"] if arguments.script_arguments else []
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: given without --script; name the script that they are for, or leave them out")
+        if arguments.config is None:
+            raise ConfigError("nothing to compare; give --config and an experiment, or --script, --launch and your training script")
+        return False
+    if arguments.script and arguments.module:
+        raise ConfigError("--script and --module: received both; give one")
+    wrong = [f"--{name.replace('_', '-')}" for name in of_config if getattr(arguments, name) is not None]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: received with --script, which has its own data and model; leave out one of them")
+    if arguments.launch is None:
+        raise ConfigError('--launch: missing with --script; give the config of `fae launch`, the smallest is {"hbm_budget": "64MiB"}')
+    return True
+
+
+def run_compare_script(arguments: Namespace) -> int:
+    """Runs somebody's own script under all placements and reports them side by side."""
+    from fae_torchrec.compare_script import ScriptComparison, compare_script
+    from fae_torchrec.launch_script import ScriptRun
+    from fae_torchrec.training.report import write_report
+    from fae_torchrec.training.report_table import text_table
+
+    comparison = ScriptComparison(
+        ScriptRun(arguments.module or arguments.script, tuple(arguments.script_arguments), is_module=bool(arguments.module)),
+        launch=arguments.launch,
+        overrides=tuple(arguments.set),
+        placements=tuple(arguments.placements or ("stock", "fae")),
+        ranks=tuple(arguments.ranks or (1,)),
+        repeats=1 if arguments.repeats is None else arguments.repeats,
+        warm_up=5 if arguments.warm_up is None else arguments.warm_up,
+        output=arguments.output or "runs/compare",
+        allow_unequal=bool(arguments.allow_unequal),
+    )
+    report = compare_script(comparison, arguments.command_line, show_progress=not arguments.quiet)
+    paths = write_report(report, comparison.output)
+    _print(arguments, [text_table(report), "", *_told(report), *map(str, paths)], paths[0].read_text(encoding="utf-8"))
+    return 0
+
+
+def _told(report: Mapping[str, Any]) -> list[str]:
+    """What a comparison says beside its figures."""
+    from fae_torchrec.training.report_verdicts import verdicts
+
+    lines = [f"NOT COMPARABLE: {text}" for text in report["not_comparable"]]
+    lines += [f"{name}{rest}" for name, rest in verdicts(report)]
+    return [*lines, *report["notes"], ""] if lines or report["notes"] else []
 
 
 def _print(arguments: Namespace, lines: Sequence[str], as_json: str) -> None:

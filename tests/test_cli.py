@@ -21,7 +21,7 @@ from fae_torchrec.core.popularity import PopularityProfile
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, write_experiment, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("vocabulary", "profile", "place", "report", "segregate", "train", "compare", "doctor")
+COMMANDS = ("vocabulary", "profile", "place", "plan", "report", "segregate", "train", "compare", "doctor")
 
 
 @pytest.fixture()
@@ -57,7 +57,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     of_config = ("--json", "--config", "--set", "--max-bad-lines", "examples/configs/", *(() if command == "vocabulary" else ("--output",)))
     wanted = COMMANDS if not command else ("--json",) if command == "doctor" else of_config
     assert [word for word in wanted if word not in out] == []
-    assert ("--ranks N" in out) == (command in ("train", "compare"))
+    assert ("--ranks N" in out) == (command in ("place", "plan", "segregate", "train", "compare"))
+    assert ("--hardware NAME" in out) == (command == "plan")
     assert ("--torchrec-stats" in out) == (command == "profile")
     assert ("--workers N" in out) == (command in ("profile", "segregate"))
     assert ("--store DIR" in out) == (command in ("segregate", "train", "compare"))
@@ -160,7 +161,7 @@ def test_compare(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     more = ["--ranks", "1", "--set", "train.steps=12"]
     assert cli.main(["compare", "--config", str(config), *more]) == 0
     out, err = capfd.readouterr()
-    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz", "report.html", "report.json"]
+    assert written(tmp_path) == ["hot_set.npz", "placement.npz", "profile.npz", "report.html", "report.json", "report.md"]
     assert "stock on 1 rank\n" in err and "fae on 1 rank\n" in err and "Traceback" not in err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [(run["placement"], run["ranks"], run["steps"]) for run in report["runs"]] == [("stock", 1, 12), ("fae", 1, 12)]
@@ -170,7 +171,7 @@ def test_compare(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert [(line[0], line[1]) for line in table] == [("1", "stock"), ("1", "fae")]
     for run, line in zip(report["runs"], table, strict=True):
         assert line[-2:] == [f"{run['test_auc']:.4f}", f"{run['test_logloss']:.4f}"]
-    assert f"{tmp_path}/out/report.json" in out and f"{tmp_path}/out/report.html" in out
+    assert all(f"{tmp_path}/out/report.{kind}" in out for kind in ("json", "html", "md"))
     assert "</html>" in (tmp_path / "out" / "report.html").read_text()
 
 

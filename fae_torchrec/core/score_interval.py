@@ -69,7 +69,8 @@ def logloss_terms(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         float64 [samples], in nats.
     """
     logits = np.asarray(logits, dtype=np.float64)
-    return np.maximum(logits, 0) - logits * np.asarray(labels, dtype=np.float64) + np.log1p(np.exp(-np.abs(logits)))
+    terms = np.maximum(logits, 0) - logits * np.asarray(labels, dtype=np.float64) + np.log1p(np.exp(-np.abs(logits)))
+    return np.asarray(terms)
 
 
 def mean_estimate(runs: Sequence[np.ndarray], groups: Sequence[np.ndarray]) -> ScoreEstimate:

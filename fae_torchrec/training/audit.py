@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,24 +31,28 @@ class KindAudit:
         samples: samples.
         hot_samples: samples that are all hot (0 without a placement).
         crossed_bytes: bytes that left a rank for another; NaN if a collective was called whose bytes cannot be counted.
-        cold_rows: rows looked up outside the hot tier, repeats counted.
+        lookups: rows looked up, repeats counted.
+        cold_rows: those of them that the hot tier does not serve.
         cold_bytes: bytes of these rows with their optimizer state; backward touches as many again.
         input_dist_ms: time of the input dist alone, start to end, not overlapped.
         forward_ms: the rest of forward.
         backward_ms: backward, with the fused update.
         optimizer_ms: the dense optimizer's step and zero_grad.
+        crossed_by_collective: `crossed_bytes` by collective, of those whose bytes can be counted.
     """
 
     steps: float = 0
     samples: float = 0
     hot_samples: float = 0
     crossed_bytes: float = 0
+    lookups: float = 0
     cold_rows: float = 0
     cold_bytes: float = 0
     input_dist_ms: float = 0
     forward_ms: float = 0
     backward_ms: float = 0
     optimizer_ms: float = 0
+    crossed_by_collective: dict[str, float] = field(default_factory=dict)
 
 
 def audit(
@@ -85,6 +90,7 @@ def audit(
         if placement is not None and batch.num_samples:  # a filler has no id, and would pass for a hot sample
             kind.hot_samples += float(hot_samples(batch.sparse_features, placement).sum())
         rows, row_bytes = cold_accesses(batch.sparse_features, tables, placement)
+        kind.lookups += cold_accesses(batch.sparse_features, tables, None)[0]
         kind.cold_rows += rows
         kind.cold_bytes += row_bytes
         batch = batch.to(device)
@@ -92,6 +98,8 @@ def audit(
         with counter:
             _step(model, optimizer, batch, device, KindAudit())
         kind.crossed_bytes += counter.total_bytes
+        for collective, sent in counter.sent_bytes.items():
+            kind.crossed_by_collective[collective] = kind.crossed_by_collective.get(collective, 0.0) + sent
         uncounted |= counter.uncounted.keys()
         kind.input_dist_ms += _input_dist_ms(model, batch, device)
         _step(model, optimizer, batch, device, kind)
@@ -167,6 +175,11 @@ class _Clock:
 
 
 def _summed(kind: KindAudit, device: torch.device, group: dist.ProcessGroup) -> KindAudit:
-    values = torch.tensor([getattr(kind, f.name) for f in fields(kind)], dtype=torch.float64, device=device)
+    numbers = [f.name for f in fields(kind) if f.name != "crossed_by_collective"]
+    values = torch.tensor([getattr(kind, name) for name in numbers], dtype=torch.float64, device=device)
     dist.all_reduce(values, group=group)
-    return KindAudit(*values.tolist())
+    of_ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(of_ranks, kind.crossed_by_collective, group=group)
+    collectives = sorted({name for sent in of_ranks for name in sent})
+    sums = {name: sum(sent.get(name, 0.0) for sent in of_ranks) for name in collectives}
+    return KindAudit(**dict(zip(numbers, values.tolist(), strict=True)), crossed_by_collective=sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -31,12 +31,15 @@ class Scores:
         logloss: mean binary cross-entropy in nats.
         accuracy: share of right answers at a threshold of 0.5.
         samples: samples scored, over all ranks.
+        outputs: what was scored: logits (float32) and labels, [samples] each, rank after rank in the order of each rank's batches; on the
+            device that the model lies on.
     """
 
     auc: float
     logloss: float
     accuracy: float
     samples: int
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False, compare=False)
 
 
 @torch.no_grad()
@@ -77,6 +80,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, g
         logloss=float(nn.functional.binary_cross_entropy_with_logits(all_logits.double(), all_labels.double())),
         accuracy=float(binary_accuracy(probabilities, targets)),
         samples=all_labels.numel(),
+        outputs=(all_logits, all_labels),
     )
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from fae_torchrec.core.errors import StateError
 from fae_torchrec.training.metrics import Scores
 
-_WARM_UP_STEPS = 5  # of each process: the first steps trace the model and grow buffers
+WARM_UP_STEPS = 5
+"""Of each process, in no time that is told: the first steps trace the model and grow buffers."""
 _CURVE_POINTS = 100
 _SPREAD_BLOCKS = 5
 _MAX_SPANS = 500  # of consecutive steps that are kept apart; a checkpoint holds 6 numbers for each
@@ -100,7 +101,7 @@ class RunLog:
         self._wall_s_before = 0.0
         self._new = _Steps()
         self._late_s = 0.0
-        self._warm_up_left = _WARM_UP_STEPS
+        self._warm_up_left = WARM_UP_STEPS
         self._spans = np.zeros((0, _COLUMNS))
         self._by_kind: dict[str, list[float]] = {}  # kind -> steps, samples
         self._last_epoch = [-1.0, 0.0, 0.0]  # its number, loss times samples, samples

@@ -8,25 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fae_torchrec.training.report_markdown import markdown_report
 from fae_torchrec.training.report_page import html_report
 from fae_torchrec.training.report_table import text_table
 from fae_torchrec.training.whole_file import write_whole
 
-__all__ = ["html_report", "text_table", "write_json", "write_report"]
+__all__ = ["html_report", "markdown_report", "text_table", "write_json", "write_report"]
 
 
-def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
-    """Writes report.html, then report.json, each under a temporary name first.
+def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path, Path]:
+    """Writes report.html and report.md, then report.json, each under a temporary name first.
 
     Args:
         report: the report; numbers that are not finite are written as null.
         folder: where to; made if it is missing.
 
     Returns:
-        The paths of report.json and report.html.
+        The paths of report.json, report.html and report.md.
     """
-    page = write_whole(html_report(_finite(report)), Path(folder, "report.html"))
-    return write_json(report, Path(folder, "report.json")), page
+    finite = _finite(report)
+    texts = html_report(finite), markdown_report(finite)
+    page, markdown = (write_whole(text, Path(folder, name)) for text, name in zip(texts, ("report.html", "report.md"), strict=True))
+    return write_json(report, Path(folder, "report.json")), page, markdown
 
 
 def write_json(values: Mapping[str, Any], path: Path) -> Path:

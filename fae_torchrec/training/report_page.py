@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -11,7 +11,8 @@ from fae_torchrec.training import page
 from fae_torchrec.training.page import Cell
 from fae_torchrec.training.popularity_pictures import MAX_SKEW_TABLES, budget_picture, skew_picture
 from fae_torchrec.training.report_pictures import breakdown_picture, loss_picture, throughput_picture
-from fae_torchrec.training.report_table import COLUMNS, NOTHING, bytes_text, count_text
+from fae_torchrec.training.report_table import Column, bytes_text, columns_of, count_text, details_of, spread_text
+from fae_torchrec.training.report_verdicts import verdicts
 
 Report = Mapping[str, Any]
 
@@ -22,9 +23,15 @@ _NOTES = {
         "sees the samples in another order: compare its AUC with the difference that another seed would make."
     ),
     "Speed": (
-        "Samples/s is the whole run's, with its range over fifths of the run. Where two ranges overlap, the runs show no difference. On "
+        "Samples/s is the whole run's, with its range over fifths of the run; of runs that were repeated, in turns, it is the median, with "
+        "the least and the most. The first steps of a run are not timed. Where two ranges overlap, the runs show no difference. On "
         "a machine without a GPU the hot and the cold tier are the same memory and the ranks share one processor, so samples/s is what "
         "the method costs, not what fast memory gains; bytes and rows per sample are counted, not timed, and hold on any machine."
+    ),
+    "Scores": (
+        "Intervals hold the true value with a chance of 95 %. AUC: DeLong's method; a difference is paired, sample by sample. They "
+        "tell what other test samples would change; where each repeat had a seed of its own, also what other start weights would. With one "
+        "seed a difference outside its interval may still be the order of the batches."
     ),
     "Fast memory": (
         "Bytes that the plan puts into fast memory on the rank that has most: hot rows (weights and optimizer state), the index that finds "
@@ -60,7 +67,10 @@ def html_report(report: Report) -> str:
         "Placement alone changes no loss. Segregated batches come in another order, so that path may differ on the way.",
     )
     sections = (
-        page.section("Comparison", page.sentences(_verdicts(report)) + _comparison(report)),
+        page.section("Not comparable: the runs did not do the same work", _told(report, "not_comparable")),
+        page.section("Warnings", _told(report, "warnings")),
+        page.section("Comparison", page.sentences(_verdicts(report)) + _comparison(report, columns_of(report)) + _told(report, "notes")),
+        page.section("Memory, hit rates, links and scores", _comparison(report, details_of(report.get("runs") or ()))),
         page.section("Speed and traffic", traffic + times),
         page.section("Learning", losses),
         page.section("Popularity and budget", _popularity(profile, placement)),
@@ -88,50 +98,29 @@ def _tiles(data: Mapping[str, Any], placement: Mapping[str, Any]) -> str:
     return page.tiles({name: None if value is None else write(value) for name, value, write in wanted})
 
 
-def _ranks(run: Mapping[str, Any]) -> str:
-    return f"{run['ranks']} rank{'s' if run['ranks'] > 1 else ''}"
-
-
 def _verdicts(report: Report) -> list[str]:
-    """A sentence on each run against stock on as many ranks."""
-    runs = report.get("runs") or ()
-    stock = {run["ranks"]: run for run in runs if run["placement"] == "stock"}
-    pairs = [(run, stock[run["ranks"]]) for run in runs if run["placement"] != "stock" and run["ranks"] in stock]
-    return [f"<b>{escape(run['placement'])}</b>, {_ranks(run)}: {', '.join(_differences(run, base))}." for run, base in pairs]
+    """A sentence on each run against the baseline on as many ranks."""
+    return [f"<b>{escape(name)}</b>{escape(rest)}" for name, rest in verdicts(report)]
 
 
-def _differences(run: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
-    texts = []
-    for key, words in (
-        ("samples_per_s", "the speed of stock"),
-        ("fast_memory_bytes", "its fast memory"),
-        ("bytes_crossed_per_sample", "its bytes between ranks"),
-        ("cold_bytes_per_sample", "its cold bytes"),
-    ):
-        if run.get(key) is not None and base.get(key):
-            texts.append(f"{run[key] / base[key]:.2f} times {words}")
-            ours, theirs = run.get(f"{key}_spread"), base.get(f"{key}_spread")
-            if ours and theirs and ours[0] <= theirs[1] and theirs[0] <= ours[1]:
-                texts[-1] += " (the spreads overlap: no difference shown)"
-    if run.get("test_auc") is not None and base.get("test_auc") is not None:
-        texts.append(f"test AUC {run['test_auc'] - base['test_auc']:+.4f}")
-    return texts or ["no figures in common"]
+def _told(report: Report, part: str) -> str:
+    return page.sentences([escape(text) for text in report.get(part) or ()])
 
 
-def _comparison(report: Report) -> str:
+def _comparison(report: Report, columns: Sequence[Column]) -> str:
     runs = report.get("runs") or ()
     rows = []
     for index, run in enumerate(runs):
         cells = []
-        for column in COLUMNS:
-            text, value, spread = escape(column.cell(run)), run.get(column.key), run.get(f"{column.key}_spread")
-            if spread and text != NOTHING:
-                text += f"<small>{column.write(spread[0])} to {column.write(spread[1])}</small>"
+        for column in columns:
+            text, value = escape(column.cell(run)), run.get(column.key)
+            if spread := spread_text(column, run):
+                text += f"<small>{spread}</small>"
             tip = f"{value:,} bytes" if column.write is bytes_text and value is not None else ""
-            cells.append(Cell(text, tip, column.key == "placement"))
+            cells.append(Cell(text, tip, column.words))
         rows.append((cells, "group" if index and run["ranks"] != runs[index - 1]["ranks"] else ""))
-    head = [Cell(escape(column.title), column.meaning, column.key == "placement") for column in COLUMNS]
-    return page.table(head, rows) if rows else ""
+    head = [Cell(escape(column.title), column.meaning, column.words) for column in columns]
+    return page.table(head, rows) if rows and columns else ""
 
 
 def _popularity(profile: Mapping[str, Any], placement: Mapping[str, Any]) -> str:

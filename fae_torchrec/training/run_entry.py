@@ -9,10 +9,12 @@ from typing import Any
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
-from fae_torchrec.core.tables import TableSet
+from fae_torchrec.core.tables import TableKind, TableSet
+from fae_torchrec.distributed.constraints import CACHE_SLOT_BYTES
 from fae_torchrec.distributed.fast_memory import fast_memory_bytes, shard_rows
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
 from fae_torchrec.training.audit import KindAudit
+from fae_torchrec.training.baselines import BASELINES, planned_caches
 from fae_torchrec.training.progress import TrainResult
 
 
@@ -20,23 +22,25 @@ def run_entry(name: str, ranks: int, fast_memory: Mapping[str, int], result: Tra
     """One entry of the report's `runs`.
 
     Args:
-        name: the placement; "stock" has no hot rows.
+        name: the placement; TorchRec's own (`BASELINES`) have no hot rows.
         ranks: that trained.
         fast_memory: as `planned_fast_memory` gives it.
         result: what training gave.
         kinds: the audit; a run's kind that it lacks is taken as its like.
     """
     samples = sum(result.samples_by_kind.values())
-    hot_cold = name != "stock"
+    hot_cold = name not in BASELINES
 
     def per_sample(quantity: str) -> float:
         """The audit's quantity per sample, kinds weighted as the run had them."""
         total = 0.0
         for kind, count in result.samples_by_kind.items():
             alike = _audits_of(kind, kinds)
-            total += count * sum(getattr(each, quantity) for each in alike) / sum(each.samples for each in alike)
+            total += count * sum(_quantity(each, quantity) for each in alike) / sum(each.samples for each in alike)
         return total / samples
 
+    lookups = per_sample("lookups")
+    collectives = sorted({name for sums in kinds.values() for name in sums.crossed_by_collective})
     return {
         "placement": name,
         "ranks": ranks,
@@ -47,6 +51,9 @@ def run_entry(name: str, ranks: int, fast_memory: Mapping[str, int], result: Tra
         "fast_memory_bytes": sum(fast_memory.values()),
         "fast_memory": dict(fast_memory),
         "bytes_crossed_per_sample": per_sample("crossed_bytes"),
+        "bytes_crossed_by_collective": {name: per_sample(name) for name in collectives},
+        "lookups_per_sample": lookups,
+        "hot_lookups": 1 - per_sample("cold_rows") / lookups if hot_cold and lookups else None,
         "cold_rows_per_sample": per_sample("cold_rows"),
         "cold_bytes_per_sample": per_sample("cold_bytes"),
         "train_loss": result.train_loss,
@@ -69,7 +76,7 @@ def run_entry(name: str, ranks: int, fast_memory: Mapping[str, int], result: Tra
 
 
 def planned_fast_memory(plan: ShardingPlan, tables: TableSet, device_type: str, ranks: int) -> dict[str, int]:
-    """Bytes of embeddings that a plan keeps in fast memory, on the rank that has most; caches of a cold tier are not in it.
+    """Bytes of embeddings that a plan keeps in fast memory, on the rank that has most.
 
     Args:
         plan: of the whole model, stock's or ours.
@@ -78,10 +85,41 @@ def planned_fast_memory(plan: ShardingPlan, tables: TableSet, device_type: str, 
         ranks: of the plan.
 
     Returns:
-        By purpose: "hot rows" (weights and optimizer state), "index" (from id to slot), "stock tables" (whole in device memory), and
-        "staging" (for cold rows at their batch's turn) where there is such an area.
+        By purpose: "hot rows" (weights and optimizer state), "index" (from id to slot), "stock tables" (whole in device memory), and, where
+        there is one, "staging" (for cold rows at their batch's turn) and "cache" (of UVM caching, FBGEMM's bookkeeping in it).
     """
     return max((_of_rank(plan, tables, device_type, rank) for rank in range(ranks)), key=lambda parts: sum(parts.values()))
+
+
+def planned_cold_memory(plan: ShardingPlan, tables: TableSet, device_type: str, ranks: int) -> dict[str, int]:
+    """Bytes of embeddings that a plan keeps outside fast memory, on the rank that has most.
+
+    Args:
+        plan: of the whole model, stock's or ours.
+        tables: of the model.
+        device_type: "cpu", where all but the hot tier is such memory, or "cuda".
+        ranks: of the plan.
+
+    Returns:
+        By purpose: "cold tier" (whole tables: hot rows have a home there too) and "stock tables". All-hot tables take none.
+    """
+    return max((_cold_of_rank(plan, tables, device_type, rank) for rank in range(ranks)), key=lambda parts: sum(parts.values()))
+
+
+def _cold_of_rank(plan: ShardingPlan, tables: TableSet, device_type: str, rank: int) -> dict[str, int]:
+    parts = {"cold tier": 0, "stock tables": 0}
+    for collection in plan.plan.values():
+        assert isinstance(collection, EmbeddingModuleShardingPlan)
+        placement = collection.placement if isinstance(collection, FAEModuleShardingPlan) else None
+        placed = () if placement is None else placement.tables.names
+        for name, sharding in collection.items():
+            held = shard_rows(sharding, rank) * tables[name].row_bytes
+            if name in placed:
+                assert placement is not None
+                parts["cold tier"] += held if placement.kind(name) is not TableKind.HOT else 0
+            elif device_type == "cpu" or sharding.compute_kernel != EmbeddingComputeKernel.FUSED.value:
+                parts["stock tables"] += held
+    return parts
 
 
 def _of_rank(plan: ShardingPlan, tables: TableSet, device_type: str, rank: int) -> dict[str, int]:
@@ -104,7 +142,24 @@ def _of_rank(plan: ShardingPlan, tables: TableSet, device_type: str, rank: int) 
                 for name, sharding in collection.items()
                 if name not in placed and sharding.compute_kernel == EmbeddingComputeKernel.FUSED.value
             )
-    return parts
+    cached = _cached_bytes(plan, tables, rank) if device_type == "cuda" else 0
+    return {**parts, "cache": cached} if cached else parts
+
+
+def _cached_bytes(plan: ShardingPlan, tables: TableSet, rank: int) -> int:
+    """Bytes of the caches that UVM caching keeps in device memory."""
+    factors = {cache.table: cache.load_factor for cache in planned_caches(plan, tables)}
+    shardings = [item for collection in plan.plan.values() for item in collection.items()]
+    return sum(
+        round(factors[name] * shard_rows(sharding, rank)) * (tables[name].weight_bytes + CACHE_SLOT_BYTES)
+        for name, sharding in shardings
+        if name in factors
+    )
+
+
+def _quantity(audited: KindAudit, name: str) -> float:
+    """A sum of the audit, or the bytes of the collective of that name."""
+    return float(getattr(audited, name) if hasattr(audited, name) else audited.crossed_by_collective.get(name, 0.0))
 
 
 def _audits_of(kind: str, kinds: Mapping[str, KindAudit]) -> list[KindAudit]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from fae_torchrec.core.errors import DataError, DivergedError
@@ -29,6 +29,7 @@ from fae_torchrec.training.progress import RunLog, TrainResult
 from fae_torchrec.training.run_checkpoints import CheckpointOptions, RunCheckpoints
 from fae_torchrec.training.telemetry import Telemetry
 from fae_torchrec.training.train_pipeline import FAETrainPipeline
+from fae_torchrec.training.work import TrainedSamples
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class TrainOptions:
         check_replicas: compares the ranks' hot rows bit for bit every so many steps; 0 never.
         nan_check_steps: looks for a loss that is no finite number every so many steps, before every checkpoint and in every score; 0 never.
         lookahead: batches that the pipeline takes ahead.
+        prefetch: without hot and cold tiers, TorchRec's pipeline that brings rows into the tables' caches ahead.
         log_every: steps between updates of the progress bar and of TensorBoard.
         tensorboard: folder for TensorBoard's events; None writes none.
         checkpoint: None keeps no checkpoints.
@@ -57,6 +59,7 @@ class TrainOptions:
     check_replicas: int = 0
     nan_check_steps: int = 100
     lookahead: int = 2
+    prefetch: bool = False
     log_every: int = 50
     tensorboard: str | None = None
     checkpoint: CheckpointOptions | None = None
@@ -76,6 +79,9 @@ class Trainer:
         show_progress: a progress bar, on rank 0.
         run: what identifies the run, values that JSON can write. Checkpoints that were saved under another are refused; so leave out what
             may change when the run goes on, such as the number of epochs.
+
+    Attributes:
+        trained: what this process has trained.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Trainer:
         self._taken = _Taken()
         self._swap_test: list[Batch] = []
         self._log = RunLog(group, device)
+        self.trained = TrainedSamples()
         self._losses = FiniteLossGuard(group, device, every=options.nan_check_steps)
         self._checkpoints: RunCheckpoints | None = None
         if options.checkpoint is not None:
@@ -195,6 +202,7 @@ class Trainer:
         busy_s, waited_s = time.perf_counter() - start - loading_s, self._taken.take_seconds()
         self._log.step(batch.kind, batch.num_samples, loss, epoch=epoch, busy_s=busy_s, loading_s=waited_s)
         self._losses.add(step, batch.kind, batch.num_samples, loss)
+        self.trained.add(batch)
         if self._checkpoints is not None:
             self._checkpoints.note(epoch, step, batch)
         stages = {"loading": self._taken.seconds, **getattr(self._pipeline, "stage_seconds", {})}
@@ -267,7 +275,8 @@ class Trainer:
         """Ours where the model has hot and cold tiers; the stock baseline runs on the stock one."""
         if self._hot_cold:
             return FAETrainPipeline(self._model, self._optimizer, self._device, lookahead=self._options.lookahead)
-        return TrainPipelineSparseDist(self._model, self._optimizer, self._device, custom_model_fwd=_weighted(self._model))
+        stock = PrefetchTrainPipelineSparseDist if self._options.prefetch else TrainPipelineSparseDist
+        return stock(self._model, self._optimizer, self._device, custom_model_fwd=_weighted(self._model))
 
 
 def _weighted(model: DistributedModelParallel) -> Callable[[HotColdBatch | None], tuple[torch.Tensor, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fae_torchrec.training.report import html_report, text_table, write_report
+from fae_torchrec.training.report import html_report, markdown_report, text_table, write_report
 from fae_torchrec.training.report_pictures import breakdown_picture, loss_picture, throughput_picture
 from fae_torchrec.training.report_table import bytes_text, count_text
 from tests.training.html_page import Page
@@ -238,14 +238,14 @@ def test_a_report_of_runs_alone(report: dict[str, Any]) -> None:
 
 def test_written_whole_with_json_last(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "runs" / "demo"
-    values_path, html_path = write_report(report, folder)
-    assert (values_path, html_path) == (folder / "report.json", folder / "report.html")
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json"]
+    values_path, html_path, markdown_path = write_report(report, folder)
+    assert (values_path, html_path, markdown_path) == tuple(folder / f"report.{kind}" for kind in ("json", "html", "md"))
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
     values = json.loads(values_path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert values["runs"][4]["test_auc"] is None
     report["runs"][4]["test_auc"] = None
     assert values == report
-    assert html_path.read_text() == html_report(report)
+    assert html_path.read_text() == html_report(report) and markdown_path.read_text() == markdown_report(report)
 
     monkeypatch.setattr("fae_torchrec.training.report.html_report", lambda values: 1 / 0)
     other = tmp_path / "other"

@@ -16,7 +16,7 @@ from fae_torchrec.modules.model_tables import model_tables
 from fae_torchrec.training.audit import KindAudit
 from fae_torchrec.training.metrics import Scores
 from fae_torchrec.training.progress import TrainResult
-from fae_torchrec.training.run_entry import planned_fast_memory, run_entry
+from fae_torchrec.training.run_entry import planned_cold_memory, planned_fast_memory, run_entry
 from fae_torchrec.training.shard import fae_planner
 from tests.training.small_run import ROWS, new_model, new_placement
 
@@ -40,15 +40,27 @@ def entry(samples_by_kind: dict[str, int], kinds: dict[str, KindAudit], name: st
 
 def test_audit_is_weighted_as_the_run() -> None:
     kinds = {
-        "hot": KindAudit(steps=4, samples=40, hot_samples=40, crossed_bytes=400),
-        "cold": KindAudit(steps=1, samples=10, cold_rows=30, cold_bytes=600, crossed_bytes=1000, forward_ms=3.0),
-        "mixed": KindAudit(steps=1, samples=5, hot_samples=2, cold_rows=6, cold_bytes=120, crossed_bytes=600, input_dist_ms=8.0),
+        "hot": KindAudit(4, 40, hot_samples=40, lookups=200, crossed_bytes=400, crossed_by_collective={"allreduce": 400}),
+        "cold": KindAudit(
+            1,
+            10,
+            lookups=50,
+            cold_rows=30,
+            cold_bytes=600,
+            crossed_bytes=1000,
+            forward_ms=3.0,
+            crossed_by_collective={"alltoall_base": 600, "allreduce": 400},
+        ),
+        "mixed": KindAudit(1, 5, hot_samples=2, lookups=25, cold_rows=6, cold_bytes=120, crossed_bytes=600, input_dist_ms=8.0),
     }
     whole = entry({"hot": 600, "cold": 300, "mixed": 100}, kinds)
     assert whole["hot_inputs"] == pytest.approx(0.6 + 0.1 * 2 / 5)
     assert whole["hot_batches"] == 0.6
     assert whole["bytes_crossed_per_sample"] == pytest.approx(0.6 * 10 + 0.3 * 100 + 0.1 * 120)
     assert whole["cold_rows_per_sample"] == pytest.approx(0.3 * 3 + 0.1 * 6 / 5)
+    assert whole["bytes_crossed_by_collective"] == pytest.approx({"allreduce": 0.6 * 10 + 0.3 * 40, "alltoall_base": 0.3 * 60})
+    assert whole["lookups_per_sample"] == 5
+    assert whole["hot_lookups"] == pytest.approx(1 - (0.3 * 3 + 0.1 * 1.2) / 5)
     assert whole["cold_bytes_per_sample"] == pytest.approx(0.3 * 60 + 0.1 * 24)
     assert whole["breakdown"]["cold"] == {"input_dist": 0, "forward": 3.0, "backward": 0, "optimizer": 0}
     assert whole["breakdown"]["mixed"]["input_dist"] == 8.0
@@ -59,7 +71,8 @@ def test_audit_is_weighted_as_the_run() -> None:
     assert entry({"hot": 10, "cold": 10}, {"hot": hot, "mixed": mixed})["cold_rows_per_sample"] == 0.6
     assert entry({"hot": 10}, {"cold": cold, "mixed": mixed})["cold_rows_per_sample"] == pytest.approx(36 / 15)
     stock = entry({"mixed": 10}, {"mixed": mixed}, "stock")
-    assert (stock["hot_inputs"], stock["hot_batches"]) == (None, None)
+    assert (stock["hot_inputs"], stock["hot_batches"], stock["hot_lookups"]) == (None, None, None)
+    assert entry({"mixed": 10}, {"mixed": mixed}, "stock-uvm")["hot_inputs"] is None
 
 
 def plan(device: str, hot_tier: str = "replicated", left: tuple[str, ...] = (), ranks: int = 2, **options: Any) -> ShardingPlan:
@@ -76,9 +89,24 @@ HOT_ROWS = 6 + 60 + 24 + 12
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fast_memory_of_replicated_rows(device: str) -> None:
     """A row is four fp32 and SGD keeps no state; cold tables lie on the host."""
-    assert planned_fast_memory(plan(device), model_tables(new_model()), device, 2) == {
-        "hot rows": HOT_ROWS * 16, "index": INDEX, "stock tables": 0,
+    parts = {"hot rows": HOT_ROWS * 16, "index": INDEX, "stock tables": 0}
+    if device == "cuda":  # two ranks: UVM caching of a fifth of t_b, t_c and t_d, half of each here, with 20 bytes beside a row
+        parts["cache"] = (30 + 12 + 6) * (16 + 20)
+    assert planned_fast_memory(plan(device), model_tables(new_model()), device, 2) == parts
+
+
+def test_cold_memory() -> None:
+    """Whole tables, hot rows' homes too; t_a is all hot and has none. On 1 rank it is all there; a table left to stock is beside it."""
+    tables = model_tables(new_model())
+    whole = {name: rows * 16 for name, rows in ROWS.items()}
+    assert planned_cold_memory(plan("cpu", ranks=1), tables, "cpu", 1) == {
+        "cold tier": whole["b"] + whole["c"] + whole["d"], "stock tables": 0,
     }  # fmt: skip
+    left = plan("cpu", left=("t_b",), ranks=1)
+    assert planned_cold_memory(left, tables, "cpu", 1) == {"cold tier": whole["c"] + whole["d"], "stock tables": whole["b"]}
+    assert planned_cold_memory(plan("cuda", left=("t_b",), ranks=1), tables, "cuda", 1)["stock tables"] == 0, "in device memory"
+    two = planned_cold_memory(plan("cuda"), tables, "cuda", 2)
+    assert two == {"cold tier": (150 + 60 + 30) * 16, "stock tables": 0}, "by row: half on each rank"
 
 
 def test_fast_memory_of_a_staging_area() -> None:
