@@ -20,6 +20,9 @@ bytes      What left the hosts through the cable (the interface's tx_bytes), bot
            which DistributedDataParallel all-reduces, under both. Beside it the payload of all collectives of a step.
 dense      Step and bytes of what is the same for both: the all-reduce of the dense part's gradients alone.
 
+if both ways at once   An estimate: the speed if gloo's all-to-all and all-gather used both directions of the link at once, as its
+           all-reduce does; gloo lets the ranks send by turns.
+
 A block's time is the slowest rank's. Speed is stock's time over fae's, round by round: above 1, fae is faster. Before the ranks are trained
 they measure the link: what it carries of each direction under gloo's collectives, and a round trip. A link that carries more than its limit
 is an error.

@@ -142,9 +142,11 @@ def test_summary_by_hand() -> None:
 
     def rank(seconds: list[float], sent: list[int]) -> dict[str, Any]:
         kinds = {kind: measured(seconds, sent) for kind in ("mixed", "hot", "cold")}
-        payload = {name: {"sent_bytes": 7} for name in ("stock", "fae")}
+        payload = {
+            name: {"sent_bytes": 7, "by_collective": {"alltoall_base": 5_000_000 if name == "stock" else 0}} for name in ("stock", "fae")
+        }
         return {
-            "link": {"one_way_mbit": 950.0},
+            "link": {"all_to_all_mbit": 500.0, "all_gather_mbit": 600.0, "all_reduce_mbit": 1000.0},
             "loss_difference": 1e-6,
             "dense": {"parameters": 5, "seconds": seconds, "sent_bytes": sent},
             "collectives": {kind: payload for kind in kinds},
@@ -156,6 +158,8 @@ def test_summary_by_hand() -> None:
     hot = found["step"]["hot"]
     assert hot["stock_ms"] == pytest.approx(200) and hot["speed"] == pytest.approx(2), "slowest ranks 0.2, 0.2, 0.3 over 0.1"
     assert hot["bytes"] == {"stock": 100, "fae": 20} and hot["bytes_ratio"] == pytest.approx(0.2) and hot["payload_bytes"]["fae"] == 14
+    # 40 Mbit take 80 ms at 500 Mbit/s and would take 40 at 1000.
+    assert hot["speed_if_both_ways_at_once"] == pytest.approx((200 - 40) / 100)
     assert found["dense"] == {"parameters": 5, "all_reduce_ms": pytest.approx(200), "bytes": 100}
     assert found["epoch"]["samples"] == {"stock": 16, "fae": 16}
 
