@@ -49,7 +49,7 @@ def tier_traffic(access: Mapping[str, TableAccess], hot_inputs: float, batch_siz
         batch_size: samples per rank.
         ranks: that train.
         hot_tier: "replicated": the gradients of the hot rows that a global batch touches are exchanged; else hot rows are looked up where
-            they lie, by all ranks.
+            they lie, by all ranks. With "row_wise" every rank has a part of every bag, so that it sends as many rows as there are ranks.
     """
     others, cold_batches = (ranks - 1) / ranks, 1 - hot_inputs
     hot = cold = exchanged = ids = rows = 0.0
@@ -67,5 +67,8 @@ def tier_traffic(access: Mapping[str, TableAccess], hot_inputs: float, batch_siz
             own, union = one.hot.distinct(batch_size), one.hot.distinct(batch_size * ranks)
             exchanged += min((ranks - 1) * own, 2 * others * union) * (value_bytes + _PACKED_ROW_BYTES)
         elif one.hot_rows:
-            exchanged += bags + batch_size * (one.ids_per_sample - one.cold_ids_per_sample) * _ID_BYTES * others
+            exchanged += (
+                bags * (ranks if hot_tier == "row_wise" else 1)
+                + batch_size * (one.ids_per_sample - one.cold_ids_per_sample) * _ID_BYTES * others
+            )
     return TierTraffic(hot, cold, exchanged, ids, rows)

@@ -21,6 +21,7 @@ def with_whole_tables(
     profile: PopularityProfile,
     bytes_beside: Callable[[TableAccess], int] | None = None,
     pays: Callable[[TableAccess], bool] | None = None,
+    room_bytes: int | None = None,
 ) -> HotSet:
     """Makes tables all hot as far as the hot set's budget goes; those first that take the most cold accesses per byte.
 
@@ -32,11 +33,13 @@ def with_whole_tables(
         profile: what it was selected from.
         bytes_beside: bytes that a table's further hot rows take besides their own; given what is expected of it now.
         pays: whether all of a table should be hot, if it fits; given what is expected of it now. Default: yes.
+        room_bytes: for hot rows and what is beside them. Default: the hot set's budget.
 
     Returns:
         The hot set itself if no further table fits; its `used_bytes` are at most `budget_bytes`.
     """
-    left, rows_left = hot_set.budget_bytes - hot_set.used_bytes, MOST_ROWS
+    room = hot_set.budget_bytes if room_bytes is None else room_bytes
+    left, rows_left = room - hot_set.used_bytes, MOST_ROWS
     hot_ids = dict(hot_set.hot_ids)
     missing = {table.name: (table.rows - len(hot_ids[table.name])) * table.row_bytes for table in hot_set.tables}
     tables = [table for table in hot_set.tables if 0 < missing[table.name] <= left and table.rows <= MOST_ROWS]

@@ -23,7 +23,7 @@ from fae_torchrec.core.whole_tables import with_whole_tables
 from fae_torchrec.distributed.constraints import HOT_TIERS
 from fae_torchrec.distributed.model_check import PlannedCollection
 from fae_torchrec.distributed.rank_memory import RankMemory, gradient_bytes, no_room, pooled_bytes, room_beside_index
-from fae_torchrec.distributed.stock_search import LARGE_SEARCH
+from fae_torchrec.distributed.stock_search import MOST_SHARDS
 
 CPU_SHARE = 0.1
 """On a CPU hot rows lie in the same memory as the cold ones: `auto` takes this share of the placed tables, not all that is left."""
@@ -113,27 +113,36 @@ def choose_hot_rows(
     ranks, batch, device = topology.world_size, batch_size or BATCH_SIZE, topology.compute_device
     everything = expected_access(profile, no_rows(profile.tables).hot_ids) if budget is None else {}
 
+    selected: dict[int, HotSet] = {}
+
     def candidate(hot_tier: str) -> _Candidate:
         replicated = hot_tier == "replicated"
-        room, why = budget, "it was given"
+        room, size, why = budget, budget, "it was given"
         if room is None:
             lookups = pooled_bytes(everything, batch)
             if replicated:
                 lookups += sum(gradient_bytes(one.seen, one.table.dim, batch, ranks) for one in everything.values())
             tight = _with_lookups(min(memories, key=lambda memory: memory.left), lookups)
             room, why = _left_for_hot(profile.tables, options, collections, tight, device, compact_above_rows, 1 if replicated else ranks)
-        hot_set = select_hot_set(profile, room, policy=options.policy, pinned_max_rows=options.pinned_max_rows, sizes=options.sizes)
+            size = min(room, profile.tables.total_bytes)
+        assert room is not None and size is not None
+        if size not in selected:
+            selected[size] = select_hot_set(
+                profile, size, policy=options.policy, pinned_max_rows=options.pinned_max_rows, sizes=options.sizes
+            )
+        hot_set = selected[size]
         if budget is None:
-            cold_batches = hot_set.hot_inputs
+            hot_inputs = hot_set.hot_inputs
 
             def seconds(one: TableAccess) -> float:
-                return _seconds(tier_traffic({one.table.name: one}, cold_batches, batch, ranks, hot_tier), topology)
+                return _seconds(tier_traffic({one.table.name: one}, hot_inputs, batch, ranks, hot_tier), topology)
 
             hot_set = with_whole_tables(
                 hot_set,
                 profile,
                 lambda one: gradient_bytes(one.unseen, one.table.dim, batch, ranks) if replicated else 0,
                 lambda one: seconds(one.all_hot()) <= seconds(one),
+                room,
             )
         access = expected_access(profile, hot_set.hot_ids)
         return _Candidate(
@@ -149,13 +158,12 @@ def choose_hot_rows(
         elif device == "cpu":
             tier_why = "on a CPU another rank's memory is no faster than this one's"
         else:
-            sharded = _sharded_tier(device, len(profile.tables), ranks)
-            other = candidate(sharded)
-            tier_why = (
-                f"replicated, {best.hot_set.used_bytes:,} bytes are hot and a step's embedding bytes take {best.seconds * 1e3:.2f} ms; "
-                f"{sharded}, {other.hot_set.used_bytes:,} bytes and {other.seconds * 1e3:.2f} ms"
+            found = [best, *map(candidate, _sharded_tiers(device, len(profile.tables), ranks))]
+            found = [each for each in found if each.hot_tier != "table_wise" or _divides(each.hot_set, ranks)]
+            best = min(found, key=lambda each: each.seconds)
+            tier_why = "expected bytes hot, and the time of a step's embedding bytes: " + "; ".join(
+                f"{each.hot_tier} {each.hot_set.used_bytes:,} bytes, {each.seconds * 1e3:.3g} ms" for each in found
             )
-            best = min(best, other, key=lambda each: each.seconds)
     hot_set = best.hot_set
     each = "per rank" if best.hot_tier == "replicated" else "over all ranks"
     choices = (
@@ -199,7 +207,7 @@ def _left_for_hot(
         )
     why = f"rank {tight.rank} has {tight.left:,} of {tight.total:,} bytes of {tight.memory} left, the index among them ({tight.listed()})"
     if room >= tables.total_bytes:
-        return tables.total_bytes, f"{why}, and all tables need {tables.total_bytes:,}"
+        why += f", and all tables need {tables.total_bytes:,}"
     return room, why
 
 
@@ -213,9 +221,16 @@ def _with_lookups(memory: RankMemory, lookups: int) -> RankMemory:
     return replace(memory, parts={**memory.parts, "hot lookups": lookups})
 
 
-def _sharded_tier(device: str, tables: int, ranks: int) -> str:
-    """By row, which balances every table, where a shard of every table on every rank is not too much to plan; else by table."""
-    return "row_wise" if ("row_wise", device) in HOT_TIERS and tables * ranks <= LARGE_SEARCH else "table_wise"
+def _sharded_tiers(device: str, tables: int, ranks: int) -> list[str]:
+    """The sharded tiers of a device; by row only where a shard of every table on every rank is not too much to plan."""
+    known = [tier for tier, on in HOT_TIERS if on == device and tier != "replicated"]
+    return [tier for tier in known if tier != "row_wise" or tables * ranks <= MOST_SHARDS]
+
+
+def _divides(hot_set: HotSet, ranks: int) -> bool:
+    """Whether no table's hot rows are more than a rank's share of the budget, so that whole tables can be dealt to the ranks."""
+    most = max(len(hot_set.hot_ids[table.name]) * table.row_bytes for table in hot_set.tables)
+    return most <= hot_set.budget_bytes / ranks
 
 
 def _holds_all(hot_set: HotSet, profile: PopularityProfile) -> bool:

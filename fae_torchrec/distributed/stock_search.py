@@ -13,10 +13,12 @@ from torchrec.distributed.types import ShardingType
 
 from fae_torchrec.core.tables import TableSpec
 
-LARGE_SEARCH = 4096
-"""Tables times ranks above which the search is bounded. TorchRec 1.8 enumerates a shard for every table, sharding type and rank, and its
-greedy proposer tries each type of each table, every try a new partition of all shards: 100 tables on 32 ranks take seconds, 1,000 tables on
-64 ranks more than five minutes."""
+MOST_SHARDS = 4096
+"""Tables times ranks above which not every table is planned by row: TorchRec 1.8 takes half a millisecond to enumerate and rate a shard."""
+
+MOST_WORK = 1 << 17
+"""Tables times tables times ranks above which the search is bounded: TorchRec 1.8's greedy proposer tries each sharding type of each table,
+and every try is a new partition of all shards. 100 tables on 8 ranks take it some seconds, 300 tables on 8 ranks more than a minute."""
 
 _TRIES = 16  # proposals in a row that are no better, after which the greedy proposer gives up
 
@@ -46,7 +48,7 @@ def stock_search(
 ) -> StockSearch:
     """Bounds a large search where the user has not said how to search.
 
-    Above `LARGE_SEARCH` a table is sharded by row only if it is larger than a rank's fair share of all these tables, or could not else be
+    In a large search a table is sharded by row only if it is larger than a rank's fair share of all these tables, or could not else be
     balanced; the other tables are given table-wise, of which a rank holds several. The proposers are the uniform and the greedy one, which
     gives up when proposals in a row are no better.
 
@@ -60,7 +62,7 @@ def stock_search(
             less than in a better balanced plan.
     """
     tables = list(tables)
-    if len(tables) * topology.world_size <= LARGE_SEARCH:
+    if len(tables) * topology.world_size <= MOST_SHARDS and len(tables) ** 2 * topology.world_size <= MOST_WORK:
         return StockSearch(constraints, given, "")
     share, kept = sum(table.total_bytes for table in tables) / topology.world_size, set(chosen)
     if rough:
