@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -23,8 +24,12 @@ from fae_torchrec.launch_config import LaunchConfig
 from fae_torchrec.launch_ranks import LaunchRanks
 from fae_torchrec.launch_script import ScriptRun
 
+if TYPE_CHECKING:
+    from fae_torchrec.launch_standins import Counted
+
 _KEPT_INPUTS, _FRESH_INPUTS = 131_072, 65_536  # over all ranks
 _LOG_LINES = 15
+_POLL_S = 0.05
 PROFILING = "FAE_LAUNCH_PROFILING"
 """In the environment of the child, for scripts that write what should not be written twice."""
 # This package is found last, and the current folder not at all: the script's imports are those that it would have.
@@ -52,48 +57,95 @@ def profile_script(
         FAEError: on rank 0: the script failed before it fed a batch, or its batches cannot be counted.
     """
     port = ranks.free_port()
-    outcomes = ranks.gather(lambda: _run_child(config, script, ranks, port, show_progress))
+    child = _Child(config, script, ranks, port, show_progress)
+    outcomes: list[Counted] = []
+    failure: Exception | None = None
+    try:
+        try:
+            outcomes = ranks.gather(child.counted)
+        except Exception as error:
+            failure = error
+        ranks.share(lambda: None)  # no child leaves while another may still need it
+    finally:
+        child.end()
+    if failure is not None:
+        raise failure
     return _merged(outcomes, script) if outcomes else (None, {})
 
 
-def _run_child(config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, port: int, show_progress: bool) -> Any:
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    log = Path(config.output, f"profile_rank{ranks.rank}.log")
-    bar = os.dup(2) if show_progress and ranks.rank == 0 and sys.stderr.isatty() else None
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "counted")
-        job = {
+class _Child:
+    """A rank's process of the profiling pass.
+
+    Args:
+        config: what is counted.
+        script: what is run.
+        ranks: all ranks.
+        port: where the script's process group meets in this pass.
+        show_progress: whether rank 0 shows a bar.
+    """
+
+    def __init__(self, config: LaunchConfig, script: ScriptRun, ranks: LaunchRanks, port: int, show_progress: bool) -> None:
+        self._job = {
             "config": config.to_dict(),
             "target": script.target,
             "arguments": list(script.arguments),
             "is_module": script.is_module,
             "rank": ranks.rank,
             "world_size": ranks.world_size,
-            "bar": bar,
-            "result": str(result),
         }
-        Path(folder, "job").write_text(json.dumps(job))
+        self._script = script
+        self._environment = _environment(port, ranks.world_size)
+        self._bar = show_progress and ranks.rank == 0 and sys.stderr.isatty()
+        self._log = Path(config.output, f"profile_rank{ranks.rank}.log")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def counted(self) -> Counted:
+        """Runs it, and waits for what it has counted; it may stay until `end`.
+
+        Raises:
+            FAEError: the script failed before it fed a batch, or its batches cannot be counted.
+        """
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        bar = os.dup(2) if self._bar else None
         try:
-            with log.open("wb") as output:
-                code = subprocess.run(
-                    [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[1]), str(Path(folder, "job"))],
-                    env=_environment(port, ranks.world_size),
+            with tempfile.TemporaryDirectory() as folder, self._log.open("wb") as output:
+                result, job = Path(folder, "counted"), Path(folder, "job")
+                job.write_text(json.dumps({**self._job, "bar": bar, "result": str(result)}))
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[1]), str(job)],
+                    env=self._environment,
                     stdout=output,
                     stderr=output,
                     pass_fds=() if bar is None else (bar,),
-                ).returncode
+                )
+                while self._process.poll() is None and not result.is_file():
+                    time.sleep(_POLL_S)
+                outcome = pickle.loads(result.read_bytes()) if result.is_file() else None
         finally:
             if bar is not None:
                 os.close(bar)
-        if not result.is_file():
-            raise _failed(script, log, f"its process ended with code {code}")
-        outcome = pickle.loads(result.read_bytes())
-    if isinstance(outcome, FAEError):
-        raise outcome
-    counted, failure = outcome
-    if counted.partial is None and failure is not None:
-        raise _failed(script, log, failure)
-    return counted
+        if outcome is None:
+            raise self._failed(f"its process ended with code {self._process.returncode}")
+        if isinstance(outcome, FAEError):
+            raise outcome
+        counted, failure = outcome
+        if counted.partial is None and failure is not None:
+            raise self._failed(failure)
+        return cast("Counted", counted)
+
+    def end(self) -> None:
+        """Kills it, if it is still there."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _failed(self, how: str) -> FAEError:
+        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return FAEError(
+            f"the profiling pass of `{self._script.text}` failed before the script fed a batch ({how}). In that pass the model is not "
+            "sharded and nothing is trained. See that the script runs without fae launch; if it does, give fae launch a `profile` or "
+            f"`placement`, which need no such pass. The end of {self._log}:\n" + "\n".join(f"  {line}" for line in lines)
+        )
 
 
 def _environment(port: int, world_size: int) -> dict[str, str]:
@@ -103,16 +155,7 @@ def _environment(port: int, world_size: int) -> dict[str, str]:
     return {**kept, **own, PROFILING: "1"}
 
 
-def _failed(script: ScriptRun, log: Path, how: str) -> FAEError:
-    lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    return FAEError(
-        f"the profiling pass of `{script.text}` failed before the script fed a batch ({how}). In that pass the model is not sharded and "
-        "nothing is trained. See that the script runs without fae launch; if it does, give fae launch a `profile` or `placement`, which "
-        f"need no such pass. The end of {log}:\n" + "\n".join(f"  {line}" for line in lines)
-    )
-
-
-def _merged(outcomes: Sequence[Any], script: ScriptRun) -> tuple[PopularityProfile | None, dict[str, Any]]:
+def _merged(outcomes: Sequence[Counted], script: ScriptRun) -> tuple[PopularityProfile | None, dict[str, Any]]:
     from fae_torchrec.data.partial_profile import PartialProfile
 
     parts, seen = [], set[str]()
@@ -145,16 +188,19 @@ def main(argv: Sequence[str]) -> None:
         _prctl_pr_set_pdeathsig(signal.SIGKILL)
     job = json.loads(Path(argv[0]).read_text())
     result = Path(job["result"])
-    outcome = _count(job)
+    outcome, waits = _count(job)
     draft = result.with_suffix(".draft")
     draft.write_bytes(pickle.dumps(outcome))
     draft.rename(result)
     sys.stdout.flush()
     sys.stderr.flush()
+    while waits:  # to be killed: other ranks may still need what this one's process group keeps
+        time.sleep(60)
     os._exit(0)  # the script's process group, threads and workers are not wound up: nobody waits for them
 
 
-def _count(job: dict[str, Any]) -> Any:
+def _count(job: dict[str, Any]) -> tuple[FAEError | tuple[Counted, str | None], bool]:
+    """What was counted and what the script failed with; and whether the process should stay until the others have counted, too."""
     from fae_torchrec.data.partial_profile import Sampling
     from fae_torchrec.launch_patches import replaced
     from fae_torchrec.launch_standins import BatchCounter, Profiled, stand_ins
@@ -169,21 +215,21 @@ def _count(job: dict[str, Any]) -> Any:
         bar.update()
 
     counter = BatchCounter(job["rank"], config.profile_batches, sampling, config.stock_tables, step)
-    failure = None
+    failure, waits = None, False
     try:
         with replaced(stand_ins(counter)):
             ScriptRun(job["target"], tuple(job["arguments"]), job["is_module"]).run()
         ended = "the script ended"
     except Profiled as reason:
-        ended = str(reason)
+        ended, waits = str(reason), True
     except FAEError as error:
-        return error
+        return error, False
     except SystemExit as leave:
         ended = f"the script left with exit code {leave.code}"
         failure = ended if leave.code not in (None, 0) else None
     except BaseException as error:
         if type(error).__name__ == "PlannerError":
-            return FAEError(str(error))
+            return FAEError(str(error)), False
         traceback.print_exc()
         ended = failure = f"the script raised {type(error).__name__}"
-    return counter.counted(ended), failure
+    return (counter.counted(ended), failure), waits
