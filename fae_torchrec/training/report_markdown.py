@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fae_torchrec.training.report_table import Column, columns_of, details_of, spread_text
-from fae_torchrec.training.report_verdicts import verdicts
+from fae_torchrec.training.report_verdicts import method_text, said, verdicts
 
 Report = Mapping[str, Any]
 
@@ -29,13 +29,15 @@ def markdown_report(report: Report) -> str:
     if report.get("warnings"):
         blocks += ["**Warnings**", _listed(report["warnings"])]
     blocks += [_table(columns_of(report), runs)] if runs else []
-    if details := details_of(runs):
+    if details := details_of(report):
         blocks += ["Memory on the fullest rank, where lookups are served, what crosses between ranks, scores with 95 % intervals:"]
         blocks += [_table(details, runs)]
-    said = [f"**{_plain(name)}**{_plain(rest)}" for name, rest in verdicts(report)]
-    blocks += [_listed(said, escape=False)] if said else []
+    sentences = [f"**{_plain(name)}**{_plain(rest)}" for name, rest in verdicts(report)]
+    blocks += [_listed(sentences, escape=False)] if sentences else []
+    if lines := said(report):
+        blocks += ["What the script printed last:", _listed(lines)]
     blocks += [_listed(report["notes"])] if report.get("notes") else []
-    blocks += [_method(report)]
+    blocks += [method_text(report)]
     blocks += [_listed(_provenance(report), escape=False)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -61,17 +63,6 @@ def _table(columns: Sequence[Column], runs: Iterable[Mapping[str, Any]]) -> str:
 def _cell(column: Column, run: Mapping[str, Any]) -> str:
     text, spread = column.cell(run), spread_text(column, run)
     return f"{text} ({spread})" if spread else text
-
-
-def _method(report: Report) -> str:
-    repeats = report.get("repeats")
-    if not repeats:
-        return ""
-    warm_up = report.get("warm_up_steps")
-    began = f" The first {warm_up} steps of a run are not timed." if warm_up else ""
-    if repeats == 1:
-        return f"Each run once; the range of samples/s is over fifths of the run.{began}"
-    return f"Each run {repeats} times, in turns, in another order each time; medians, with least and most.{began}"
 
 
 def _provenance(report: Report) -> Iterator[str]:

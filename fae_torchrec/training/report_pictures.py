@@ -17,12 +17,18 @@ _PLACEMENTS = {"stock": SERIES[0], "fae": SERIES[1], "fae-unsegregated": SERIES[
 
 def throughput_picture(report: Report) -> Picture | None:
     """Samples per second and the bytes behind them, as bars for every run."""
-    panels = (
-        ("samples_per_s", "samples/s, and range over fifths"),
-        ("bytes_crossed_per_sample", "bytes crossed ranks / sample"),
-        ("cold_bytes_per_sample", "cold bytes / sample"),
-    )
     runs = [run for run in report.get("runs") or () if run.get("samples_per_s") is not None]
+    over = "fifths" if (report.get("repeats") or 1) == 1 else "runs"
+    panels = [
+        (key, title)
+        for key, title in (
+            ("samples_per_s", "samples/s" if report.get("script") and over == "fifths" else f"samples/s, and range over {over}"),
+            ("step_ms", "ms / step"),
+            ("bytes_crossed_per_sample", "bytes crossed ranks / sample"),
+            ("cold_bytes_per_sample", "cold bytes / sample"),
+        )
+        if any(run.get(key) is not None for run in runs)
+    ]
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (key, title) in zip(axes, panels, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,10 +148,12 @@ def columns_of(report: Mapping[str, Any]) -> tuple[Column, ...]:
     return tuple(column for column in SCRIPT_COLUMNS if any(column.cell(run) != NOTHING for run in report.get("runs") or ()))
 
 
-def details_of(runs: Iterable[Mapping[str, Any]]) -> tuple[Column, ...]:
-    """The columns of the second table of which a run has the figure; none if only the first table's are there."""
-    given, shown = list(runs), {column.key for column in COLUMNS}
-    columns = tuple(column for column in DETAILS if any(column.cell(run) != NOTHING for run in given))
+def details_of(report: Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns of a report's second table of which a run has the figure; none if only the first table's are there, and for scripts."""
+    if report.get("script"):
+        return ()
+    runs, shown = report.get("runs") or (), {column.key for column in COLUMNS}
+    columns = tuple(column for column in DETAILS if any(column.cell(run) != NOTHING for run in runs))
     return columns if any(column.key not in shown for column in columns) else ()
 
 

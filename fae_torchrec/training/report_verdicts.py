@@ -42,6 +42,7 @@ def _differences(run: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     texts = []
     for key, words in (
         ("samples_per_s", f"the speed of {base['placement']}"),
+        ("step_ms", "its step time"),
         ("fast_memory_bytes", "its fast memory"),
         ("bytes_crossed_per_sample", "its bytes between ranks"),
         ("cold_bytes_per_sample", "its cold bytes"),
@@ -58,4 +59,29 @@ def _differences(run: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
             texts[-1] += ", no difference shown"
     elif run.get("test_auc") is not None and base.get("test_auc") is not None:
         texts.append(f"test AUC {run['test_auc'] - base['test_auc']:+.4f}")
+    if run.get("printed_auroc") is not None and base.get("printed_auroc") is not None:
+        texts.append(f"printed AUROC {run['printed_auroc'] - base['printed_auroc']:+.6f}")
     return texts or ["no figures in common"]
+
+
+def said(report: Report) -> list[str]:
+    """What a script printed last in every run, as sentences: "fae, 2 ranks, turn 1: AUROC over test set: 0.71"."""
+    return [
+        f"{run['placement']}, {ranks_text(run)}, turn {each['turn'] + 1}: {' / '.join(each['said']) or 'nothing'}"
+        for run in report.get("runs") or ()
+        for each in run.get("each") or ()
+        if "said" in each
+    ]
+
+
+def method_text(report: Report) -> str:
+    """How often was run, in which order, and what is not timed; nothing where the report does not say."""
+    repeats, warm_up = report.get("repeats"), report.get("warm_up_steps")
+    if not repeats:
+        return ""
+    text = f"Each run {repeats} times, in turns, in another order each time; medians, with least and most."
+    if repeats == 1:
+        text = "Each run once." if report.get("script") else "Each run once; the range of samples/s is over fifths of the run."
+    if warm_up:
+        text += f" The first {warm_up} steps of a run are not in {'ms / step' if report.get('script') else 'its time'}."
+    return text

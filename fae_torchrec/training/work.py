@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +22,27 @@ Work = Mapping[str, Any]
 
 
 class TrainedSamples:
-    """Sums over the samples that this rank has trained. They are the same for any order of the samples and any cut into batches."""
+    """Sums over the samples that this rank has trained. They are the same for any order of the samples and any cut into batches.
+
+    Attributes:
+        sums: "samples", "ids", "id_sum" and "positives".
+    """
 
     def __init__(self) -> None:
-        self._sums = [0, 0, 0, 0]
+        self.sums = dict.fromkeys(("samples", "ids", "id_sum", "positives"), 0)
 
     def add(self, batch: HotColdBatch) -> None:
         """Adds a batch that was trained; a filler adds nothing."""
         if batch.num_samples:
             ids = batch.sparse_features.values()
             values = (batch.num_samples, ids.numel(), int(ids.sum()), round(float(batch.labels.sum())))
-            self._sums = [total + value for total, value in zip(self._sums, values, strict=True)]
+            self.sums = {name: total + value for (name, total), value in zip(self.sums.items(), values, strict=True)}
 
     def of_ranks(self, group: dist.ProcessGroup, device: torch.device) -> dict[str, int]:
-        """The sums of all ranks: "samples", "ids", "id_sum" and "positives". Collective."""
-        sums = torch.tensor(self._sums, dtype=torch.int64, device=device)
+        """The sums of all ranks. Collective."""
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.int64, device=device)
         dist.all_reduce(sums, group=group)
-        return dict(zip(("samples", "ids", "id_sum", "positives"), sums.tolist(), strict=True))
+        return dict(zip(self.sums, sums.tolist(), strict=True))
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -93,15 +97,15 @@ def unequal_work(works: Mapping[str, Work]) -> list[str]:
             ours, theirs = work["start_logloss"], base["start_logloss"]
             if abs(ours - theirs) > _RELATIVE * abs(theirs):
                 problems.append(f"{name} starts from a test log loss of {ours:.6f}, {first} from {theirs:.6f}")
-        if not base["whole_epochs"] and base["steps"] != work["steps"]:
+        same, cut = _sums(work) == _sums(base), not (base["whole_epochs"] and work["whole_epochs"])
+        if cut and not same and base["steps"] != work["steps"]:
             problems.append(f"{name} trained {work['steps']:,} steps, {first} {base['steps']:,}")
-        slack = _slack(base)
-        difference = abs(work["samples"] - base["samples"])
+        slack, difference = _slack(base, cut=cut), abs(work["samples"] - base["samples"])
         if difference > slack:
             problems.append(
                 f"{name} trained {work['samples']:,} samples, {first} {base['samples']:,}; they may differ by {slack:,} (not dealt)"
             )
-        elif base["whole_epochs"] and not difference and _sums(work) != _sums(base):
+        elif not (cut or difference or same):
             problems.append(f"{name} trained other samples than {first}: as many, but the sums of their ids or labels differ")
     return problems
 
@@ -114,7 +118,7 @@ def unlike_samples(works: Mapping[str, Work]) -> list[str]:
         base, work = works[first], works[name]
         if work["samples"] != base["samples"]:
             notes.append(f"{name} trained {work['samples']:,} samples, {first} {base['samples']:,}")
-        elif not base["whole_epochs"] and _sums(work) != _sums(base):
+        elif not (base["whole_epochs"] and work["whole_epochs"]) and _sums(work) != _sums(base):
             notes.append(
                 f"{name} trained as many samples as {first}, but others: train.steps ends the run within an epoch, and {name} takes an "
                 "epoch's samples in another order. Speed and bytes can be compared, scores only roughly"
@@ -138,17 +142,12 @@ def _value(value: Any) -> str:
 
 
 def _sums(work: Work) -> Sequence[Any]:
-    return [work.get(key) for key in ("ids", "id_sum", "positives")]
+    return [work.get(key) for key in ("samples", "ids", "id_sum", "positives")]
 
 
-def _slack(work: Work) -> int:
+def _slack(work: Work, *, cut: bool) -> int:
     """Samples by which runs of the same work may differ."""
     ranks, epochs = work["ranks"], work["epochs"]
-    if work["whole_epochs"] and not work["drop_last"]:
-        return int((ranks - 1) * epochs)
-    return int(2 * work["batch_size"] * ranks * (epochs if work["whole_epochs"] else 1))
-
-
-def work_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Work]:
-    """Placement -> work of runs on as many ranks."""
-    return {entry["placement"]: entry["work"] for entry in entries}
+    if cut or work["drop_last"]:
+        return int(2 * work["batch_size"] * ranks * (1 if cut else epochs))
+    return int((ranks - 1) * epochs)

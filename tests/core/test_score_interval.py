@@ -74,7 +74,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 
 def test_logloss() -> None:
-    """ln 2 at a logit of 0; the textbook's standard error of a mean."""
+    """Ln 2 at a logit of 0; the textbook's standard error of a mean."""
     terms = logloss_terms(np.array([0.0, 0.0, 40.0, -800.0]), np.array([0, 1, 0, 0]))
     np.testing.assert_allclose(terms, [math.log(2), math.log(2), 40, 0], atol=1e-12)
     given = logloss_estimate([terms])
