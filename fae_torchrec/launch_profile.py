@@ -232,4 +232,6 @@ def _count(job: dict[str, Any]) -> tuple[FAEError | tuple[Counted, str | None], 
             return FAEError(str(error)), False
         traceback.print_exc()
         ended = failure = f"the script raised {type(error).__name__}"
+    finally:
+        bar.close()
     return (counter.counted(ended), failure), waits
