@@ -53,8 +53,8 @@ _SCRIPT_NOTES = {
     ),
     "Speed": (
         "Samples/s is of the whole training, evaluation left out. ms / step is the median step after the warm-up: at its first step fae "
-        "reads the batches of a whole window, which later steps need not read. Where two ranges overlap, the runs show no difference. On "
-        "a machine without a GPU the hot and the cold tier are the same memory, so speed is what the method costs, not what fast memory gains."
+        "reads the batches of a whole window, which later steps need not read. Where two ranges overlap, no difference is shown. On a "
+        "machine without a GPU the hot and the cold tier are the same memory: speed is what the method costs, not what fast memory gains."
     ),
 }
 

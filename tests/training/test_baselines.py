@@ -61,6 +61,7 @@ def test_caches_of_a_plan_by_hand() -> None:
     default = planned_caches(plan("stock-uvm-caching"), TABLES)
     assert {(cache.load_factor, cache.prefetch_pipeline) for cache in default} == {(0.2, False)}
     assert planned_caches(plan("stock-uvm"), TABLES) == []
+    assert {cache.load_factor for cache in planned_caches(plan("stock-prefetch", cache_bytes=10 * whole), TABLES)} == {0.999}
 
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("stock", "stock-host")])
