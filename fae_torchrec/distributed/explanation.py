@@ -93,7 +93,7 @@ class PlanExplanation:
         budget_bytes: that the hot set was selected for.
         hot_bytes: of all hot rows.
         hot_inputs: expected share of samples that are all hot, with the ends of its interval.
-        coverage: share of the accesses that are hot.
+        coverage: expected share of the accesses that are hot; without a profile the placement's, which is of counted accesses.
         traffic: expected, of the whole model; None without a profile.
         modules: sharded ones.
         memory: fast memory of every rank.
@@ -173,6 +173,8 @@ def explain(
         placed = {table.table: known[table.table] for table in tables if table.table in known}
         traffic = tier_traffic(placed, placement.hot_inputs, batch_size, ranks, hot_tier) if placed else None
         modules.append(ModulePlan(path, isinstance(module, FAEModuleShardingPlan), tuple(tables), tuple(hot), tuple(cold), traffic))
+    ids = sum(one.ids_per_sample for one in known.values())
+    cold_ids = sum(one.cold_ids_per_sample for one in known.values())
     return PlanExplanation(
         ranks=ranks,
         device=device,
@@ -182,7 +184,7 @@ def explain(
         budget_bytes=placement.budget_bytes,
         hot_bytes=placement.hot_bytes,
         hot_inputs=(placement.hot_inputs, *placement.hot_inputs_interval),
-        coverage=placement.coverage,
+        coverage=1 - cold_ids / ids if ids else placement.coverage,
         traffic=tier_traffic(known, placement.hot_inputs, batch_size, ranks, hot_tier) if known else None,
         modules=tuple(modules),
         memory=tuple(memory),

@@ -244,6 +244,8 @@ def _rows_why(hot_set: HotSet, profile: PopularityProfile) -> str:
         return "every row of every table fits; nothing is cold, and stock sharding without a cold tier may do as well"
     how = "rows that together make the most samples all hot" if hot_set.policy == "input_aware" else "rows above FAE's access threshold"
     seen = "every row that the sample saw fits" if _holds_all(hot_set, profile) else how
+    if profile.sample_rate < 1 and _holds_all(hot_set, profile):
+        seen += f" (a sampling rate above {profile.sample_rate:g} would find more)"
     return f"{seen}; {whole} of {len(hot_set.tables)} tables fit whole"
 
 

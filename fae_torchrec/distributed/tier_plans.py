@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class TierPlanner:
     ) -> None:
         self._rough = rough
         self._settings, self._topology, self._stock = settings, topology, dict(stock)
+        if rough:  # not the plan that the user's callbacks, loader and stats are for
+            self._stock = {name: value for name, value in stock.items() if name not in ("callbacks", "plan_loader")} | {"stats": []}
         self._compact_above, self._chosen = compact_index_above_rows, frozenset(chosen)
 
     @property
@@ -169,7 +172,8 @@ def _planned(
                 ranks[shard.rank] = ranks.get(shard.rank, Storage(0, 0)) + shard.storage
         return plan
 
-    arguments = {**stock, "callbacks": [*(stock.get("callbacks") or []), remember]}
+    # Proposers keep what they have found: each plan gets its own.
+    arguments = {**stock, "callbacks": [*(stock.get("callbacks") or []), remember], "proposer": copy.deepcopy(stock.get("proposer"))}
     plan = EmbeddingShardingPlanner(topology=topology, constraints=dict(constraints), **arguments).plan(module, list(sharders))
     return plan, storage
 
