@@ -289,4 +289,5 @@ def main(argv: list[str] | None = None, environment: Mapping[str, str] = os.envi
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else `run` would leave the cluster
     sys.exit(main())
