@@ -23,6 +23,7 @@ from fae_torchrec.experiment import check_run, experiment_tables, placed_tables,
 from fae_torchrec.experiment_data import open_data
 from fae_torchrec.experiment_placement import make_hot_set, make_placement
 from fae_torchrec.experiment_store import make_store
+from fae_torchrec.training.work import unequal_work
 from tests.small_config import ROWS, TEST_SAMPLES, TRAIN_SAMPLES, new_config, profile_of, write_parquet
 
 OTHER_ROWS = "data.parquet.cardinalities={u: 40, v: 2001, w: 500}"
@@ -182,7 +183,8 @@ def _run_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
         placement = RowPlacement.load(Path(folder, "left" if name == "left" else "out", "placement.npz"))
         if name == "resumed":
             run_placement(rank, replace(config, train=replace(config.train, steps=7)), placed, placement, False)
-        entries[name] = run_placement(rank, config, placed, placement, False)
+        scores_path = None if name == "resumed" else f"{folder}/{name}.npz"
+        entries[name] = run_placement(rank, config, placed, placement, False, scores_path=scores_path)
     return entries
 
 
@@ -247,3 +249,28 @@ def test_runs(name: str, ranks: int) -> None:
     left = entries(ranks)[0]["left"]
     assert left["test_logloss"] == pytest.approx(one["test_logloss"], rel=1e-5)
     assert left["cold_rows_per_sample"] > 1, "every lookup of the table that is left is outside the hot tier"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_work_and_memory(ranks: int) -> None:
+    """Whatever the placement and the order, the same work; what the tiers take is what was planned, and FBGEMM's few offsets."""
+    runs = entries(ranks)[0]
+    alike = ("stock", "unsegregated", "fae", "windows", "proportional", "fixed", "stock policy", "table-wise", "left", "store")
+    works = {name: runs[name]["work"] for name in alike}
+    assert unequal_work(works) == []
+    sums = [[work[key] for key in ("samples", "ids", "id_sum", "positives", "test_samples", "start_weights")] for work in works.values()]
+    assert sums[:-1] == [sums[0]] * 9 and sums[0][0] == runs["stock"]["samples"]
+    assert (sums[-1] == sums[0]) == (ranks == 1), "a store deals every sample"
+    unequal = {name: " ".join(unequal_work({"stock": works["stock"], name: runs[name]["work"]})) for name in ("two epochs", "few steps")}
+    assert "two epochs trained for epochs: 2, stock 1" in unequal["two epochs"]
+    assert "few steps trained 6 steps" in unequal["few steps"] and "optimizer settings sgd" in unequal["few steps"]
+    for name in alike:
+        for tier in ("fast", "cold"):
+            planned, allocated = runs[name][f"{tier}_memory_bytes"], runs[name][f"{tier}_memory_allocated_bytes"]
+            assert planned <= allocated <= planned + 4096, (name, tier)
+        assert runs[name]["host_peak_bytes"] == max(runs[name]["memory"]["host_bytes"]) > 2**26 and runs[name]["device_peak_bytes"] is None
+    assert runs["stock"]["cold_memory_bytes"] > runs["fae"]["cold_memory_bytes"] * (1 if ranks == 1 else 0)
+    assert runs["unsegregated"]["hot_lookups"] == pytest.approx(1 - runs["unsegregated"]["cold_rows_per_sample"] / len(ROWS))
+    by_collective = runs["stock"]["bytes_crossed_by_collective"]
+    assert sum(by_collective.values()) == pytest.approx(runs["stock"]["bytes_crossed_per_sample"])
+    assert ("alltoall_base" in by_collective) == (ranks == 2)

@@ -19,6 +19,7 @@ from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.data.dataloader import HotColdDataLoader
 from fae_torchrec.data.segregate import hot_samples
+from fae_torchrec.training.cache_hits import CacheHits
 from fae_torchrec.training.traffic import CollectiveCounter
 
 
@@ -34,6 +35,8 @@ class KindAudit:
         lookups: rows looked up, repeats counted.
         cold_rows: those of them that the hot tier does not serve.
         cold_bytes: bytes of these rows with their optimizer state; backward touches as many again.
+        cached_rows: distinct rows of each step that a cache stands in front of (UVM caching).
+        cache_hits: those of them that lay in the cache before their step.
         input_dist_ms: time of the input dist alone, start to end, not overlapped.
         forward_ms: the rest of forward.
         backward_ms: backward, with the fused update.
@@ -48,6 +51,8 @@ class KindAudit:
     lookups: float = 0
     cold_rows: float = 0
     cold_bytes: float = 0
+    cached_rows: float = 0
+    cache_hits: float = 0
     input_dist_ms: float = 0
     forward_ms: float = 0
     backward_ms: float = 0
@@ -81,6 +86,7 @@ def audit(
         Sums by kind ("hot", "cold", "mixed"), the same on every rank.
     """
     kinds: dict[str, KindAudit] = {}
+    caches = CacheHits(model)
     uncounted: set[str] = set()
     model.train()
     for batch in loader:
@@ -95,8 +101,11 @@ def audit(
         kind.cold_bytes += row_bytes
         batch = batch.to(device)
         counter = CollectiveCounter(group.rank(), group.size())
-        with counter:
+        rows_before, hits_before = caches.rows, caches.hits
+        with counter, caches.watching():
             _step(model, optimizer, batch, device, KindAudit())
+        kind.cached_rows += caches.rows - rows_before
+        kind.cache_hits += caches.hits - hits_before
         kind.crossed_bytes += counter.total_bytes
         for collective, sent in counter.sent_bytes.items():
             kind.crossed_by_collective[collective] = kind.crossed_by_collective.get(collective, 0.0) + sent

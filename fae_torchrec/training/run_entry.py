@@ -39,7 +39,7 @@ def run_entry(name: str, ranks: int, fast_memory: Mapping[str, int], result: Tra
             total += count * sum(_quantity(each, quantity) for each in alike) / sum(each.samples for each in alike)
         return total / samples
 
-    lookups = per_sample("lookups")
+    lookups, cached = per_sample("lookups"), per_sample("cached_rows")
     collectives = sorted({name for sums in kinds.values() for name in sums.crossed_by_collective})
     return {
         "placement": name,
@@ -53,6 +53,7 @@ def run_entry(name: str, ranks: int, fast_memory: Mapping[str, int], result: Tra
         "bytes_crossed_per_sample": per_sample("crossed_bytes"),
         "bytes_crossed_by_collective": {name: per_sample(name) for name in collectives},
         "lookups_per_sample": lookups,
+        "cache_hits": per_sample("cache_hits") / cached if cached else None,
         "hot_lookups": 1 - per_sample("cold_rows") / lookups if hot_cold and lookups else None,
         "cold_rows_per_sample": per_sample("cold_rows"),
         "cold_bytes_per_sample": per_sample("cold_bytes"),

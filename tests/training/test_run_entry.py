@@ -49,6 +49,8 @@ def test_audit_is_weighted_as_the_run() -> None:
             cold_bytes=600,
             crossed_bytes=1000,
             forward_ms=3.0,
+            cached_rows=20,
+            cache_hits=5,
             crossed_by_collective={"alltoall_base": 600, "allreduce": 400},
         ),
         "mixed": KindAudit(1, 5, hot_samples=2, lookups=25, cold_rows=6, cold_bytes=120, crossed_bytes=600, input_dist_ms=8.0),
@@ -60,6 +62,7 @@ def test_audit_is_weighted_as_the_run() -> None:
     assert whole["cold_rows_per_sample"] == pytest.approx(0.3 * 3 + 0.1 * 6 / 5)
     assert whole["bytes_crossed_by_collective"] == pytest.approx({"allreduce": 0.6 * 10 + 0.3 * 40, "alltoall_base": 0.3 * 60})
     assert whole["lookups_per_sample"] == 5
+    assert whole["cache_hits"] == 0.25
     assert whole["hot_lookups"] == pytest.approx(1 - (0.3 * 3 + 0.1 * 1.2) / 5)
     assert whole["cold_bytes_per_sample"] == pytest.approx(0.3 * 60 + 0.1 * 24)
     assert whole["breakdown"]["cold"] == {"input_dist": 0, "forward": 3.0, "backward": 0, "optimizer": 0}
@@ -71,7 +74,7 @@ def test_audit_is_weighted_as_the_run() -> None:
     assert entry({"hot": 10, "cold": 10}, {"hot": hot, "mixed": mixed})["cold_rows_per_sample"] == 0.6
     assert entry({"hot": 10}, {"cold": cold, "mixed": mixed})["cold_rows_per_sample"] == pytest.approx(36 / 15)
     stock = entry({"mixed": 10}, {"mixed": mixed}, "stock")
-    assert (stock["hot_inputs"], stock["hot_batches"], stock["hot_lookups"]) == (None, None, None)
+    assert (stock["hot_inputs"], stock["hot_batches"], stock["hot_lookups"], stock["cache_hits"]) == (None,) * 4
     assert entry({"mixed": 10}, {"mixed": mixed}, "stock-uvm")["hot_inputs"] is None
 
 
