@@ -188,3 +188,21 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert set(found["placements"]) == {"all-HBM", "host", "FAE, host", "FAE", "FAE, lookahead 5", "FAE, streamed", "FAE, from a store"}
     assert all(placement["samples_per_s_median"] > 0 for placement in found["placements"].values())
     assert found["placements"]["FAE"]["staged_batches"] > 0 == found["placements"]["FAE, host"]["staged_batches"]
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_plan_scale_runs_and_can_miss_its_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, written = import_module("plan_scale"), tmp_path / "out.json"
+    monkeypatch.setattr(module, "_in_own_process", lambda args, size, planner: module.main(["--one", size, *small]))
+    small = ["--samples", "64", "--max-rows", "1e5"]
+    arguments = ["--sizes", "12x4", *small, "--json", str(written)]
+    record = module.main(arguments)
+    assert json.loads(written.read_text()) == record
+    (run,) = record["runs"]
+    assert (run["tables"], run["ranks"], record["met"]) == (12, 4, True)
+    assert 0 < run["peak_bytes_before"] <= run["peak_bytes"] and run["least_left"] >= 0
+    monkeypatch.setitem(module.TARGETS, "peak_bytes", 1.0)
+    assert module.main(arguments)["met"] is False
+    assert "targets met: False" in capsys.readouterr().out

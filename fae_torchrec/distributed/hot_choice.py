@@ -22,7 +22,7 @@ from fae_torchrec.core.tier_traffic import TierTraffic, tier_traffic
 from fae_torchrec.core.whole_tables import with_whole_tables
 from fae_torchrec.distributed.constraints import HOT_TIERS
 from fae_torchrec.distributed.model_check import PlannedCollection
-from fae_torchrec.distributed.rank_memory import RankMemory, gradient_bytes, no_room, pooled_bytes, room_beside_index
+from fae_torchrec.distributed.rank_memory import RankMemory, gradient_bytes, lookup_bytes, no_room, room_beside_index
 from fae_torchrec.distributed.stock_search import MOST_SHARDS
 
 CPU_SHARE = 0.1
@@ -119,7 +119,7 @@ def choose_hot_rows(
         replicated = hot_tier == "replicated"
         room, size, why = budget, budget, "it was given"
         if room is None:
-            lookups = pooled_bytes(everything, batch)
+            lookups = lookup_bytes(everything, collections, batch)
             if replicated:
                 lookups += sum(gradient_bytes(one.seen, one.table.dim, batch, ranks) for one in everything.values())
             tight = _with_lookups(min(memories, key=lambda memory: memory.left), lookups)

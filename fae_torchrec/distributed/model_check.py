@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torchrec.distributed.types import ModuleSharder
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from fae_torchrec.core.errors import FingerprintError
 from fae_torchrec.core.placement import RowPlacement
@@ -32,6 +33,7 @@ class PlannedCollection(NamedTuple):
     names: tuple[str, ...]
     placed: tuple[TableSpec, ...]
     hot_cold: bool
+    pooled: bool
 
 
 def is_ours(sharder: ModuleSharder[nn.Module]) -> bool:
@@ -61,7 +63,7 @@ def placed_collections(
             check_tables(part, stock_tables)
             default = fused_optimizer(part, ours[type(part)], stock_tables)
             names = tuple(config.name for config in table_configs(part))
-            found.append(PlannedCollection(path, names, tuple(table_specs(part, default, stock_tables)), False))
+            found.append(PlannedCollection(path, names, tuple(table_specs(part, default, stock_tables)), False, _is_pooled(part)))
     return found
 
 
@@ -111,7 +113,7 @@ def checked_collections(
                 "cold_tier='host' TorchRec would have to look the whole module up on the host; choose cold_tier='uvm', give the "
                 "placement a hot row of them (a larger budget), or leave them to stock sharding (stock_tables)"
             )
-        collections.append(PlannedCollection(path, names, placed, hot_cold))
+        collections.append(PlannedCollection(path, names, placed, hot_cold, _is_pooled(part)))
     tables = TableSet(tuple(chain.from_iterable(collection.placed for collection in collections)))
     _check_same_tables(tables, placement)
     for table in tables:
@@ -126,6 +128,10 @@ def checked_collections(
             hot = [table for table in collection.placed if placement.hot_rows(table.name)]
             check_weight_decay(part, ours[type(part)], hot, device_type)
     return collections
+
+
+def _is_pooled(part: nn.Module) -> bool:
+    return isinstance(part, EmbeddingBagCollection)
 
 
 def _modules(module: nn.Module, sharders: Iterable[ModuleSharder[nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -22,7 +22,7 @@ from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.distributed.hot_choice import Choice, HotChoice, HotOptions, choose_hot_rows, no_rows
 from fae_torchrec.distributed.model_check import PlannedCollection, checked_collections, placed_collections
-from fae_torchrec.distributed.rank_memory import RankMemory, fast_memory_name, gradient_bytes, planned_memory, pooled_bytes, reserved_memory
+from fae_torchrec.distributed.rank_memory import RankMemory, fast_memory_name, gradient_bytes, lookup_bytes, planned_memory, reserved_memory
 from fae_torchrec.distributed.refusals import check_constraints
 from fae_torchrec.distributed.tier_plans import Sharders, TierPlanner, TierPlans, by_table
 from fae_torchrec.distributed.tier_settings import TierSettings, tier_settings
@@ -229,11 +229,16 @@ class ModelPlanner:
         tiers, hot = self._tiers(settings), by_table(plans.hot, collections)
         parts = tiers.fast_memory([collection.placed for collection in collections], hot)
         return planned_memory(
-            self.options.topology, reserved, collections, plans, parts, self._lookups(settings, plans, access or {}, parts)
+            self.options.topology, reserved, collections, plans, parts, self._lookups(settings, collections, plans, access or {}, parts)
         )
 
     def _lookups(
-        self, settings: TierSettings, plans: TierPlans, access: Mapping[str, TableAccess], parts: Sequence[Mapping[str, int]]
+        self,
+        settings: TierSettings,
+        collections: Sequence[PlannedCollection],
+        plans: TierPlans,
+        access: Mapping[str, TableAccess],
+        parts: Sequence[Mapping[str, int]],
     ) -> list[int]:
         """Bytes by rank while hot rows are looked up; of sharded ones the stock planner has an estimate."""
         topology = self.options.topology
@@ -242,7 +247,7 @@ class ModelPlanner:
             taken = [getattr(plans.hot_storage.get(rank, Storage(0, 0)), memory) for rank in range(ranks)]
             return [max(taken[rank] - parts[rank]["hot rows"], 0) for rank in range(ranks)]
         gradients = sum(gradient_bytes(one.hot, one.table.dim, batch, ranks) for one in access.values())
-        return [pooled_bytes(access, batch) + gradients] * ranks
+        return [lookup_bytes(access, collections, batch) + gradients] * ranks
 
     def _choices(self, settings: TierSettings, plans: TierPlans) -> tuple[Choice, ...]:
         options, ranks = self.options, self.options.topology.world_size

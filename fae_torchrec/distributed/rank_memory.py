@@ -127,17 +127,19 @@ def planned_memory(
     ]
 
 
-def pooled_bytes(access: Mapping[str, TableAccess], batch_size: int) -> int:
-    """Bytes on a rank of the ids of hot lookups, of the pooled rows and of their gradients; the same for every hot tier.
+def lookup_bytes(access: Mapping[str, TableAccess], collections: Iterable[PlannedCollection], batch_size: int) -> int:
+    """Bytes on a rank of the ids of hot lookups, of what they give (pooled or not) and of its gradients; the same for every hot tier.
 
     Args:
         access: expected accesses by table.
+        collections: that the tables are in.
         batch_size: per rank.
     """
+    unpooled = {table.name for collection in collections if not collection.pooled for table in collection.placed}
     total = 0.0
-    for one in access.values():
-        pooled = 2 * len(one.table.feature_names) * one.table.dim * _VALUE_BYTES
-        total += batch_size * (pooled + 2 * one.ids_per_sample * _ID_BYTES)
+    for name, one in access.items():
+        rows = one.ids_per_sample if name in unpooled else len(one.table.feature_names)
+        total += batch_size * 2 * (rows * one.table.dim * _VALUE_BYTES + one.ids_per_sample * _ID_BYTES)
     return math.ceil(total)
 
 

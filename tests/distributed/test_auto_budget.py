@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from fae_torchrec.core.errors import BudgetError, ConfigError, FingerprintError
+from fae_torchrec.core.input_sample import InputSample
+from fae_torchrec.core.popularity import PopularityProfile
+from fae_torchrec.core.row_counts import RowCounts
 from fae_torchrec.distributed.hot_choice import CPU_SHARE
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.distributed.module_plan import FAEModuleShardingPlan
@@ -215,3 +223,19 @@ def test_all_ranks_have_the_plan_of_rank_0() -> None:
 def test_ranks_with_other_profiles() -> None:
     with pytest.raises(FingerprintError, match=r"the ranks hold different popularity profiles: .*load the same profile file on every rank"):
         run_on_local_ranks(_on_ranks, 2, True, timeout_s=120)
+
+
+def test_an_unpooled_table_takes_a_row_for_each_id() -> None:
+    """Pooled, ten ids give one row; unpooled, ten."""
+    rng = np.random.default_rng(1)
+    bytes_of = []
+    for kind, config in ((EmbeddingBagCollection, EmbeddingBagConfig), (EmbeddingCollection, EmbeddingConfig)):
+        tables = [config(name="t", num_embeddings=2000, embedding_dim=8, feature_names=["f"])]
+        model = nn.ModuleDict({"tables": kind(tables=tables, device=torch.device("meta"))})
+        specs = model_tables(model)
+        ids, lengths = rng.integers(0, 2000, 1000), np.full(100, 10)
+        counts = {"t": RowCounts.from_dense(np.bincount(ids, minlength=2000))}
+        profile = PopularityProfile(specs, counts, InputSample({"f": ids}, {"f": lengths}, 100), None, 100, 100, 1.0, 0, "generated")
+        planner = planned(model, profile, gpus(hbm=4096 * KIB), batch_size=4)
+        bytes_of.append(planner.explanation.tightest.parts["hot lookups"])
+    assert bytes_of[1] - bytes_of[0] == pytest.approx(4 * 2 * 9 * 8 * 4, rel=0.3), "nine further rows and their gradients for each sample"
