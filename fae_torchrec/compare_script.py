@@ -177,10 +177,7 @@ def run_once(comparison: ScriptComparison, placement: str, ranks: int, turn: int
         *("--config", comparison.launch, *overrides, "--output", str(record.parent), "--placement", placement.partition(":")[0], "--quiet"),
         *(*target, *comparison.script.arguments),
     ]
-    package = str(Path(__file__).resolve().parents[1])  # found by the ranks too where it is not installed
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    code = run_logged(command, log)
     text = log.read_text(encoding="utf-8", errors="replace")
     if code or not record.is_file():
         words = " / ".join(_own_lines(text)[-_SAID_LINES:]) or "nothing"
@@ -190,6 +187,14 @@ def run_once(comparison: ScriptComparison, placement: str, ranks: int, turn: int
         )
     record.replace(kept)
     return entry_of(json.loads(kept.read_text(encoding="utf-8")), placement, text, comparison.warm_up)
+
+
+def run_logged(command: Sequence[str], log: Path) -> int:
+    """Runs a command, all of its output into a file; returns its exit code."""
+    package = str(Path(__file__).resolve().parents[1])  # found by the ranks too where it is not installed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
 
 
 def entry_of(record: Mapping[str, Any], placement: str, text: str, warm_up: int) -> dict[str, Any]:
