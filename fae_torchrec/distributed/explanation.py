@@ -28,7 +28,8 @@ class TablePlan:
         rows: of the table.
         hot_rows: of those.
         hot_bytes: of its hot rows, weights and optimizer state, on the rank that holds most of them.
-        cold_bytes: of its home, or of a stock table, on the rank that holds most of it; 0 for an all-hot table whose rows are replicated.
+        cold_bytes: of its home, or what the stock planner expects a stock table to take, on the rank that has most; 0 for an all-hot
+            table whose rows are replicated.
         hot_sharding: how the hot rows lie: "replicated", or sharding type and kernel; empty without any.
         cold_sharding: sharding type of the home; empty for an all-hot table.
         cold_kernel: compute kernel of the home; empty for an all-hot table.
@@ -143,6 +144,7 @@ def explain(
     choices: Sequence[Choice],
     access: Mapping[str, TableAccess] | None = None,
     pinned: Iterable[str] = (),
+    stock_bytes: Mapping[str, Mapping[int, int]] | None = None,
 ) -> PlanExplanation:
     """Explains a plan of FAEShardingPlanner.
 
@@ -158,15 +160,19 @@ def explain(
         choices: what was chosen, and why.
         access: expected accesses by table; None without a profile.
         pinned: names of tables that are all hot because they are small.
+        stock_bytes: table -> rank -> bytes that the stock planner expects it to take; of tables that the placement does not know.
     """
     known, small = access or {}, frozenset(pinned)
+    stock = stock_bytes or {}
     specs = {table.name: table for collection in collections for table in collection.placed}
     modules = []
     for path, module in plan.plan.items():
         assert isinstance(module, EmbeddingModuleShardingPlan)
         hot, cold, tables = [0] * ranks, [0] * ranks, []
         for name, home in module.items():
-            of_table = _Tiers(module, name, home, specs.get(name), placement, ranks)
+            expected = None if name in specs else stock.get(name)
+            taken = None if expected is None else [expected.get(rank, 0) for rank in range(ranks)]
+            of_table = _Tiers(module, name, home, specs.get(name), placement, ranks, taken)
             hot = [a + b for a, b in zip(hot, of_table.hot_bytes, strict=True)]
             cold = [a + b for a, b in zip(cold, of_table.cold_bytes, strict=True)]
             tables.append(of_table.plan(known.get(name), name in small))
@@ -203,6 +209,7 @@ class _Tiers:
         spec: TableSpec | None,
         placement: RowPlacement,
         ranks: int,
+        taken: list[int] | None,
     ) -> None:
         self._name, self._home, self._placement = name, home, placement
         placed = spec is not None
@@ -216,6 +223,8 @@ class _Tiers:
         self.hot_bytes = [self._hot_rows * row_bytes] * ranks if replicated else _bytes_by_rank(self._hot, row_bytes, ranks)
         no_home = self._kind is TableKind.HOT and isinstance(module, FAEModuleShardingPlan)
         self.cold_bytes = [0] * ranks if no_home else _bytes_by_rank(home, row_bytes, ranks)
+        if taken is not None:
+            self.cold_bytes = taken
         self._no_home = no_home
 
     def plan(self, access: TableAccess | None, pinned: bool) -> TablePlan:

@@ -318,6 +318,7 @@ def _explained(plan: ShardingPlan, made: ModelPlan, options: PlannerOptions) -> 
         memory=made.memory,
         choices=made.choices,
         access=made.access,
+        stock_bytes={name: {rank: held.hbm + held.ddr for rank, held in ranks.items()} for name, ranks in made.plans.storage.items()},
         pinned=made.hot_set.pinned if made.hot_set is not None else (),
     )
 

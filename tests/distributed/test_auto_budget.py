@@ -74,6 +74,7 @@ def test_stock_tables_come_first() -> None:
     assert memory.parts["stock tables"] >= ROWS["middle"] * ROW_BYTES
     tables = {table.table: table for table in planner.explanation.modules[0].tables}
     assert tables["middle"].kind == "stock" and "stock_tables" in tables["middle"].because
+    assert tables["middle"].cold_bytes == memory.parts["stock tables"] and tables["middle"].rows == ROWS["middle"]
     with pytest.raises(PlannerError, match=r"stock_tables \['middle'\] are tables of the popularity profile"):
         FAEShardingPlanner.from_profile(new_profile(model), gpus(), stock_tables=["middle"])
 
