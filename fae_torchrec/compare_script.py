@@ -29,6 +29,7 @@ _SAID_LINES = 3
 _SCORE = re.compile(r"auroc|\bauc\b", re.IGNORECASE)
 _AUROC = re.compile(r"auroc[^\n]*?[:=]\s*([01]?\.\d+|[01]\.?\d*(?:e-?\d+)?)\b", re.IGNORECASE)
 _FAILURE = re.compile(r"^E\d{4} .* failed \(exitcode", re.MULTILINE)  # where torchrun begins to tell of a rank that failed
+_BAR = re.compile(r"^.*\d+/\d+ \[\d[^]]*\]")  # tqdm's, which has no end of line before what is printed next
 _WORK = {"samples": "trained samples:", "train_steps": "took training steps:", "evaluation_steps": "took evaluation steps:"}
 FIGURES = (
     "samples_per_s", "step_ms", "hot_batches", "hot_bytes", "spared_bytes_per_sample", "host_peak_bytes", "device_peak_bytes",
@@ -114,7 +115,7 @@ def compare_script(comparison: ScriptComparison, command: Sequence[str], *, show
         comparison.config_of(name)
     report: dict[str, Any] = {
         "schema": 1,
-        "title": f"fae compare of {comparison.script.text}",
+        "title": f"fae compare of {comparison.script.target}",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command),
         **describe_environment(collect()),
@@ -277,5 +278,5 @@ def _check_work(ranks: int, entries: Mapping[str, dict[str, Any]], comparison: S
 
 def _own_lines(text: str) -> list[str]:
     """What the script itself printed: no empty lines, none of `fae launch` and none of torchrun's log and report of a failure."""
-    lines = [line.split("\r")[-1].strip() for line in _FAILURE.split(text, maxsplit=1)[0].splitlines()]
+    lines = [_BAR.sub("", line.split("\r")[-1]).strip() for line in _FAILURE.split(text, maxsplit=1)[0].splitlines()]
     return [line for line in lines if line and not line.startswith(_MARK) and not re.match(r"^[WIE]\d{4} ", line)]

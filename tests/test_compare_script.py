@@ -20,7 +20,7 @@ W1126 14:00:00.000000 410 torch/distributed/run.py:852] a warning of torchrun
 fae launch | train.py  (2 ranks)
 \rEpoch 0:  50%\rEpoch 0: 100%
 AUROC over val set: 0.61.
-AUROC over test set: 0.5976331.
+Evaluating test set:   0%|          | 0/5 [00:00<?, ?it/s]AUROC over test set: 0.5976331.
 Number of test samples: 4096
 
 fae launch | all figures: launch.json
