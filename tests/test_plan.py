@@ -16,6 +16,7 @@ from fae_torchrec.core.placement import RowPlacement
 from fae_torchrec.distributed.hardware_topology import hardware_topology, machine_topology
 from fae_torchrec.experiment_data import open_data
 from fae_torchrec.experiment_plan import settled
+from fae_torchrec.launch_config import LaunchConfig
 from tests.small_config import ROWS, new_config, profile_of, write_experiment
 
 TOTAL_BYTES = sum(ROWS.values()) * 20  # 4 weights and a row-wise state
@@ -116,6 +117,11 @@ def test_auto_in_commands(command: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert 0 < placement.hot_bytes <= placement.budget_bytes
     if command == "train":
         assert (told["ranks"], told["fast_memory"]["hot rows"]) == (2, placement.hot_bytes)
+
+
+def test_a_launched_script_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match='hbm_budget: received "auto"; a launched script needs bytes or a share'):
+        LaunchConfig(hbm_budget="auto")
 
 
 def test_topologies() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -215,7 +216,9 @@ class ModelPlanner:
         options = self.options
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what the stock planner reserves by default, it says
-            reservation: StorageReservation = options.stock.get("storage_reservation") or HeuristicalStorageReservation(percentage=0.15)
+            given: StorageReservation | None = options.stock.get("storage_reservation")
+            # A copy, since it keeps what it reserved last: that is the stock planner's to see.
+            reservation = copy.copy(given) if given is not None else HeuristicalStorageReservation(percentage=0.15)
             return reserved_memory(module, sharders, options.topology, options.batch_size, reservation, settings.cold_constraints)
 
     def _memory(
