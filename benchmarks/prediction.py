@@ -81,9 +81,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         times = "  ".join(
             f"{step} {1000 * entry['measured_s'][step]:7.1f} / {1000 * entry['predicted_s'][step]:7.1f}" for step in (*_STEPS, "epoch")
         )
-        print(
-            f"D={entry['dim']:<3} {entry['share']:>5.1%} B={entry['batch_size']:<5} ranks={entry['ranks']}: ms measured / predicted  {times}"
-        )
+        of = f"D={entry['dim']:<3} {entry['share']:>5.1%} B={entry['batch_size']:<5} ranks={entry['ranks']}"
+        print(f"{of}: ms measured / predicted  {times}")
     for key, value in record["summary"].items():
         print(f"{key}: {value}")
     print(f"written: {args.json}")

@@ -13,7 +13,12 @@ from fae_torchrec.distributed import local_ranks
 
 # These look at the ranks as processes: how they start, what they print, how they die.
 _SPAWNED = ("test_local_ranks", "test_cli", "test_cli_train", "test_trainer_faults", "test_crash")
-_IMPORTED = ["tests.distributed.small_model", "tests.distributed.sequence_model", "tests.training.small_pipeline", "fae_torchrec.experiment"]
+_IMPORTED = [
+    "tests.distributed.small_model",
+    "tests.distributed.sequence_model",
+    "tests.training.small_pipeline",
+    "fae_torchrec.experiment",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
