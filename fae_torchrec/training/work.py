@@ -97,15 +97,15 @@ def unequal_work(works: Mapping[str, Work]) -> list[str]:
             ours, theirs = work["start_logloss"], base["start_logloss"]
             if abs(ours - theirs) > _RELATIVE * abs(theirs):
                 problems.append(f"{name} starts from a test log loss of {ours:.6f}, {first} from {theirs:.6f}")
-        same, cut = _sums(work) == _sums(base), not (base["whole_epochs"] and work["whole_epochs"])
-        if cut and not same and base["steps"] != work["steps"]:
+        same, stopped = _sums(work) == _sums(base), _is_stopped(base, work)
+        if stopped and not same and base["steps"] != work["steps"]:
             problems.append(f"{name} trained {work['steps']:,} steps, {first} {base['steps']:,}")
-        slack, difference = _slack(base, cut=cut), abs(work["samples"] - base["samples"])
+        slack, difference = _slack(base, stopped=stopped), abs(work["samples"] - base["samples"])
         if difference > slack:
             problems.append(
                 f"{name} trained {work['samples']:,} samples, {first} {base['samples']:,}; they may differ by {slack:,} (not dealt)"
             )
-        elif not (cut or difference or same):
+        elif not (stopped or base["drop_last"] or difference or same):
             problems.append(f"{name} trained other samples than {first}: as many, but the sums of their ids or labels differ")
     return problems
 
@@ -118,10 +118,11 @@ def unlike_samples(works: Mapping[str, Work]) -> list[str]:
         base, work = works[first], works[name]
         if work["samples"] != base["samples"]:
             notes.append(f"{name} trained {work['samples']:,} samples, {first} {base['samples']:,}")
-        elif not (base["whole_epochs"] and work["whole_epochs"]) and _sums(work) != _sums(base):
+        elif _sums(work) != _sums(base):
+            why = "train.steps ends the run within an epoch" if _is_stopped(base, work) else "loader.drop_last leaves the last ones out"
             notes.append(
-                f"{name} trained as many samples as {first}, but others: train.steps ends the run within an epoch, and {name} takes an "
-                "epoch's samples in another order. Speed and bytes can be compared, scores only roughly"
+                f"{name} trained as many samples as {first}, but others: {why}, and {name} takes an epoch's samples in another order. Speed "
+                "and bytes can be compared, scores only roughly"
             )
     return notes
 
@@ -145,9 +146,14 @@ def _sums(work: Work) -> Sequence[Any]:
     return [work.get(key) for key in ("samples", "ids", "id_sum", "positives")]
 
 
-def _slack(work: Work, *, cut: bool) -> int:
+def _is_stopped(*works: Work) -> bool:
+    """Whether `train.steps` ended a run."""
+    return not all(work["whole_epochs"] for work in works)
+
+
+def _slack(work: Work, *, stopped: bool) -> int:
     """Samples by which runs of the same work may differ."""
     ranks, epochs = work["ranks"], work["epochs"]
-    if cut or work["drop_last"]:
-        return int(2 * work["batch_size"] * ranks * (1 if cut else epochs))
+    if stopped or work["drop_last"]:
+        return int(2 * work["batch_size"] * ranks * (1 if stopped else epochs))
     return int((ranks - 1) * epochs)

@@ -68,6 +68,15 @@ def test_runs_cut_by_steps() -> None:
     assert unequal_work({"stock": {**WORK, "steps": 19}, "fae": {**WORK, "whole_epochs": False}}) == []
 
 
+def test_last_samples_left_out() -> None:
+    """Each kind's last batch is, which are other samples than stock's; more than that is other work."""
+    dropped = {**WORK, "drop_last": True}
+    other = {**dropped, "id_sum": 5}
+    assert unequal_work({"stock": dropped, "fae": other}) == []
+    assert "loader.drop_last leaves the last ones out" in unlike_samples({"stock": dropped, "fae": other})[0]
+    assert unequal_work({"stock": dropped, "fae": {**other, "samples": 640 - 2 * 16 * 2 - 1}}) != []
+
+
 def test_sums_do_not_depend_on_the_order() -> None:
     samples = Samples(101)
     placement = placement_of(new_model())
