@@ -121,8 +121,8 @@ def unlike_samples(works: Mapping[str, Work]) -> list[str]:
         elif _sums(work) != _sums(base):
             why = "train.steps ends the run within an epoch" if _is_stopped(base, work) else "loader.drop_last leaves the last ones out"
             notes.append(
-                f"{name} trained as many samples as {first}, but others: {why}, and {name} takes an epoch's samples in another order. Speed "
-                "and bytes can be compared, scores only roughly"
+                f"{name} trained as many samples as {first}, but others: {why}, and {name} takes an epoch's samples in another order. "
+                "Speed and bytes can be compared, scores only roughly"
             )
     return notes
 
