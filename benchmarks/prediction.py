@@ -17,6 +17,7 @@ About six minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from dataclasses import replace
@@ -63,10 +64,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for ranks in args.ranks:
         machines[ranks] = Hardware.from_json(measure("cpu", ranks, [])["hardware"])
         placements = {(dim, share): _placement(args, profile, dim, share) for dim, share in product(args.dims, args.budgets)}
-        measured = run_on_local_ranks(_measure, ranks, args, placements, timeout_s=3600)
-        for key in measured[0]:
-            of_ranks = [rank[key] for rank in measured]
-            found.append(_joined(args, profile, machines[ranks], ranks, key, of_ranks, placements[key[:2]]))
+        for (dim, share), placement in tqdm(placements.items(), desc=f"{ranks} ranks", unit=" placements"):
+            # In processes of their own: sharded models stay in memory, and the next ones would not fit beside them.
+            measured = run_on_local_ranks(_measure, ranks, args, dim, placement, timeout_s=1200)
+            for size in args.batch_sizes:
+                of_ranks = [rank[size] for rank in measured]
+                found.append(_joined(args, profile, machines[ranks], ranks, (dim, share, size), of_ranks, placement))
     record = {
         **record_header("prediction", argv),
         "seed": args.seed,
@@ -124,21 +127,18 @@ def _placement(args: argparse.Namespace, profile: PopularityProfile, dim: int, s
     return RowPlacement.from_hot_set(select_hot_set(own, budget, policy="threshold", pinned_max_rows=args.pinned_max_rows))
 
 
-def _measure(rank: int, args: argparse.Namespace, placements: dict[tuple[int, float], RowPlacement]) -> dict[tuple[int, float, int], Any]:
-    """Of each configuration, seconds of the steps by kind, and bytes sent; on every rank."""
+def _measure(rank: int, args: argparse.Namespace, dim: int, placement: RowPlacement) -> dict[int, Any]:
+    """Of each batch size, seconds of the steps by kind, and bytes sent; on every rank."""
     group = dist.group.WORLD
     assert group is not None
     rows = dict(criteo_source(args, "train", 1).cardinalities)
     found = {}
-    cells = len(placements) * len(args.batch_sizes)
-    with tqdm(total=cells, desc=f"{group.size()} ranks", unit=" configurations", disable=None if rank == 0 else True) as bar:
-        for (dim, share), placement in placements.items():
-            for size in args.batch_sizes:
-                own = argparse.Namespace(**{**vars(args), "dim": dim, "batch_size": size})
-                trainees = {"stock": Trainee(None, own, rows, group), "fae": Trainee(placement, own, rows, group)}
-                batches = batches_by_kind(rank, group.size(), own, placement)
-                found[dim, share, size] = _timed(rank, own, trainees, batches)
-                bar.update()
+    for size in args.batch_sizes:
+        own = argparse.Namespace(**{**vars(args), "dim": dim, "batch_size": size})
+        trainees = {"stock": Trainee(None, own, rows, group), "fae": Trainee(placement, own, rows, group)}
+        found[size] = _timed(rank, own, trainees, batches_by_kind(rank, group.size(), own, placement))
+        del trainees
+        gc.collect()
     return found
 
 

@@ -44,6 +44,8 @@ COLD_TIERS: Mapping[tuple[str, str], TierOptions] = {
 }
 CACHE_SLOT_BYTES = 20
 """FBGEMM 1.6 to 1.8: the index of a cached row and its time (int64 each), and its lock (int32)."""
+MOST_CACHED = 0.999
+"""TorchRec 1.8 refuses a plan with a cache load factor that is not below 1."""
 # Replicated rows are on every rank; what stands there is for the homes of all-hot tables. TorchRec shards no pooled table by row on a CPU.
 HOT_TIERS: Mapping[tuple[str, str], TierOptions] = {
     ("replicated", "cpu"): TierOptions(_BY_TABLE, _FUSED),
@@ -118,7 +120,7 @@ def cold_cache(placement: RowPlacement, options: TierOptions, cache_bytes: int |
     if cache_bytes is not None:
         cold = [table for table in placement.tables if placement.kind(table.name) is not TableKind.HOT]
         whole = sum(table.rows * (table.weight_bytes + CACHE_SLOT_BYTES) for table in cold)
-        load_factor = min(1.0, cache_bytes * world_size / whole) if whole else None
+        load_factor = min(MOST_CACHED, cache_bytes * world_size / whole) if whole else None
     return CacheParams(algorithm=CacheAlgorithm.LRU, load_factor=load_factor, prefetch_pipeline=True)
 
 

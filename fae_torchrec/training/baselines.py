@@ -15,13 +15,12 @@ from torchrec.distributed.types import CacheAlgorithm, CacheParams, EmbeddingMod
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import TableSet
 from fae_torchrec.data.batches import BatchSource
-from fae_torchrec.distributed.constraints import CACHE_SLOT_BYTES
+from fae_torchrec.distributed.constraints import CACHE_SLOT_BYTES, MOST_CACHED
 
 # The stock planner may choose what does the same arithmetic as the unsharded table. Not data parallel: TorchRec 1.8 then trains the table
 # with the dense optimizer instead of its fused one. Not column-wise: a row-wise optimizer then keeps a state per column shard.
 SAME_ARITHMETIC = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 _CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
-_MOST_CACHED = 0.999  # TorchRec 1.8 refuses a plan with a load factor that is not below 1
 _TORCHREC_LOAD_FACTOR = 0.2  # where CacheParams names none
 
 
@@ -105,7 +104,7 @@ def stock_planner(
     cache = None
     if baseline is not None and baseline.caches:
         whole = sum(table.rows * (table.weight_bytes + CACHE_SLOT_BYTES) for table in tables)
-        load_factor = None if cache_bytes is None else min(_MOST_CACHED, cache_bytes * topology.world_size / whole)
+        load_factor = None if cache_bytes is None else min(MOST_CACHED, cache_bytes * topology.world_size / whole)
         cache = CacheParams(CacheAlgorithm.LRU, load_factor=load_factor, prefetch_pipeline=baseline.prefetches)
     constraints = {
         name: ParameterConstraints(sharding_types=list(SAME_ARITHMETIC), compute_kernels=kernels, cache_params=cache)

@@ -86,6 +86,7 @@ def test_without_a_hot_row_there_is_nothing_on_the_host_beside_a_gpu() -> None:
         (1, {"hot_tier": "table_wise"}, "fused_uvm", False),
         (1, {"cold_tier": "uvm_caching"}, "fused_uvm_caching", False),
         (2, {}, "fused_uvm_caching", False),
+        (2, {"cold_cache_bytes": 2**30}, "fused_uvm_caching", False),  # more than all rows take
         (2, {"cold_tier": "uvm"}, "fused_uvm", False),
     ],
 )
