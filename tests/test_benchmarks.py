@@ -206,3 +206,16 @@ def test_plan_scale_runs_and_can_miss_its_targets(
     monkeypatch.setitem(module.TARGETS, "peak_bytes", 1.0)
     assert module.main(arguments)["met"] is False
     assert "targets met: False" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_cost_model_predicts_what_two_ranks_send(tmp_path: Path) -> None:
+    """Against what PyTorch hands its backend: stock's bytes exactly, hot and cold batches' within the spread of a few small batches."""
+    record = import_module("prediction").main(["--quick", "--ranks", "2", "--batch-sizes", "256", "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["summary"] == json.loads(json.dumps(record["summary"]))
+    (entry,) = record["configurations"]
+    sent = {step: found["predicted"] / found["measured"] for step, found in entry["sent_bytes"].items()}
+    assert sent["stock"] == pytest.approx(1, abs=0.001)
+    assert sent["hot"] == pytest.approx(1, abs=0.03) and sent["cold"] == pytest.approx(1, abs=0.05)
+    assert entry["sent_bytes"]["hot"]["measured"] < entry["sent_bytes"]["cold"]["measured"] < entry["sent_bytes"]["stock"]["measured"]
+    assert min(*entry["measured_s"].values(), *entry["predicted_s"].values()) > 0

@@ -220,8 +220,9 @@ class CostModel:
         cold = job.batch_size * self._lookups * np.array([float(of_table.sum()) for of_table in cold_mass])
         touched = self._distinct_rows(cold_mass, job.batch_size * ranks, [1 - part for part in share.hot]) / ranks
         has_cold = np.array([float((part < 1).any()) for part in share.hot])
-        work = work.plus(tiers=1.0, **self._exchange(self._features * has_cold, ids=float(cold.sum())))
-        pooled = 4 * job.batch_size * float((self._features * self._dims) @ has_cold)
+        bags = self._packed_bags(cold_mass)
+        work = work.plus(tiers=1.0, **self._exchange(self._features * has_cold, ids=float(cold.sum()), bags=bags))
+        pooled = 4 * bags * float((self._features * self._dims) @ has_cold)
         if self.hardware.device == "cpu":
             return work.plus(fast_bytes=2 * pooled).plus(**self._lookup("host", cold, touched))
         if cold_tier == "host":
@@ -285,11 +286,24 @@ class CostModel:
         gradients = self._links.reduced(4 * self.job.dense_parameters) if self.job.ranks > 1 else {}
         return Work(flops=6 * self.job.dense_macs * self.job.batch_size).plus(**gradients)
 
-    def _exchange(self, features: Floats, ids: float) -> dict[str, float]:
-        """The input dist of ids and lengths, and pooled rows and their gradients, all to all."""
+    def _packed_bags(self, cold_mass: Sequence[Floats]) -> float:
+        """Bags of each feature that the cold tier is given: those with a cold id are packed, and the feature with most decides for all."""
+        each = self._lookups / self._features  # ids of a bag
+        chance = np.array([float(of_table.sum()) for of_table in cold_mass])
+        with_cold = np.where(each > 1, 1 - (1 - np.minimum(chance, 1.0)) ** each, each * chance)
+        return self.job.batch_size * float(with_cold.max())
+
+    def _exchange(self, features: Floats, ids: float, bags: float | None = None) -> dict[str, float]:
+        """The input dist of ids and lengths, and pooled rows and their gradients, all to all.
+
+        Args:
+            features: of each table.
+            ids: of all of them.
+            bags: of each feature; a sample's each if it is not given.
+        """
         if self.job.ranks == 1 or not features.any():
             return {}
-        size = self.job.batch_size
+        size = self.job.batch_size if bags is None else bags
         inputs = _ID_BYTES * ids + _LENGTH_BYTES * size * float(features.sum())
         pooled = 4 * size * float(features @ self._dims)
         others = (self.job.ranks - 1) / self.job.ranks

@@ -321,3 +321,25 @@ def test_wrong_jobs_are_refused() -> None:
     other = TableSet((TableSpec("a", 999, 4, ("x",)), TableSpec("b", 10, 2, ("y",))))
     with pytest.raises(FingerprintError, match=r"access model \(by hand\)"):
         CostModel(Job(other, 1, 1, 10, 100), ACCESS, V100)
+
+
+def test_only_bags_with_a_cold_id_enter_the_cold_exchange() -> None:
+    """Of two split tables, a with fewer cold bags: b's decide how many bags of both are exchanged."""
+    tables = TableSet((TableSpec("a", 1000, 4, ("fa",)), TableSpec("b", 1000, 4, ("fb",))))
+    curves = {
+        "a": AccessCurve(np.array([100.0, 900.0]), np.array([0.95 / 100, 0.05 / 900]), 1.0, 2),
+        "b": AccessCurve(np.array([100.0, 900.0]), np.array([0.8 / 100, 0.2 / 900]), 2.0, 2),  # two ids a bag
+    }
+    access = AccessModel(tables, curves, Independent(), "by hand")
+    share = access.share(200 * tables["a"].row_bytes, pinned_max_rows=0)
+    assert share.hot_rows.tolist() == [100, 100]
+    model = CostModel(Job(tables, 50, 2, 0, 0), access, CPU)
+    hot_mass, cold_mass = model._tier_masses(share, "cold")
+    cold = [float(mass.sum()) for mass in cold_mass]
+    bags = 50 * (1 - (1 - cold[1]) ** 2)
+    assert bags > 50 * cold[0], "b has more"
+    own = float(model._distinct_rows(hot_mass, 50, share.hot).sum())
+    ids = 50 * (cold[0] + 2 * cold[1])
+    hot_tier = 4 * own + 24 + 16 * own  # slots, counts, gradients of four floats to the other rank
+    cold_tier = (8 * ids + 4 * bags * 2 + 2 * 4 * bags * 8) / 2
+    assert model.fae(share, "cold", "host", split_ahead=False).sent_bytes == pytest.approx(hot_tier + cold_tier)
