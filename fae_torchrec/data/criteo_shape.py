@@ -1,4 +1,4 @@
-"""The shape of the Criteo data sets: published table sizes, and the popularity laws fitted to FAE's published hot inputs."""
+"""The shape of the Criteo data sets and of Avazu: published table sizes, and popularity laws fitted to FAE's published hot inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fae_torchrec.core.errors import ConfigError
+from fae_torchrec.data.avazu import FEATURES as AVAZU_FEATURES
 
 NUM_DENSE = 13
 NUM_SPARSE = 26
@@ -38,15 +39,26 @@ _TERABYTE_UNCAPPED_ROWS = (
 # the sum is 266,000,000; it touches the four largest tables only.
 _TERABYTE_MAX_ROWS = 55_256_116
 
+# Distinct values of Avazu's 21 categorical columns over all 40,428,967 lines of train.csv, in the order of the file, 9,449,205 in all: the
+# table sizes of hpcaitech/CachedEmbedding (data/avazu.py); public analyses of the competition's data count the same.
+_AVAZU_ROWS = (
+    *(7, 7, 4_737, 7_745, 26, 8_552, 559, 36, 2_686_408, 6_729_486, 8_251, 5, 4),
+    *(2_626, 8, 9, 435, 4, 68, 172, 60),
+)
+
+# FAE has 9.3 M rows in all and does not print its per-table counts. As for Terabyte, a cap is placed where the sum is 9,300,000; it
+# touches the largest table (device_ip) only.
+_AVAZU_MAX_ROWS = 6_580_281
+
 
 @dataclass(frozen=True)
 class PopularityLaw:
     """A bounded Zipf-Mandelbrot law per table: the row of rank r (0 = most popular) has probability ~ (r + shift) ** -exponent.
 
     Attributes:
-        rows: rows per table, int64 [26].
-        exponent: float64 [26], each above 1.
-        shift: ranks, float64 [26].
+        rows: rows per table, int64 [F].
+        exponent: float64 [F], none exactly 1.
+        shift: ranks, float64 [F].
     """
 
     rows: npt.NDArray[np.int64]
@@ -57,10 +69,10 @@ class PopularityLaw:
         """Inverse CDF in closed form: no table of rows is ever built.
 
         Args:
-            survival: one minus the quantile, in [0, 1]; float64 [26, B]. Overwritten.
+            survival: one minus the quantile, in [0, 1]; float64 [F, B]. Overwritten.
 
         Returns:
-            Popularity ranks, int64 [26, B], each in 0..rows-1. Uniform `survival` gives exactly the law (its density integrated over
+            Popularity ranks, int64 [F, B], each in 0..rows-1. Uniform `survival` gives exactly the law (its density integrated over
             [r, r + 1), so that probabilities are differences of the closed-form CDF).
         """
         power = (1.0 - self.exponent)[:, None]
@@ -83,32 +95,40 @@ class PopularityLaw:
 
 @dataclass(frozen=True)
 class CriteoShape:
-    """What the generator knows about one Criteo data set.
+    """What the generator knows about one data set.
 
     Attributes:
+        title: the data set's name, for texts that say "synthetic" before it.
+        feature_names: the sparse features, as the source of the real files has them.
+        num_dense: dense features.
         published_rows: rows per table at scale 1, in the order of the data set's columns.
         embedding_dim: weights per row in FAE's experiments (its byte shares assume it).
         published_points: FAE Fig. 5: (hot bytes as a share of all table bytes, share of inputs that are all hot).
         coupling: how strongly the tables' tails move together (theta of a survival Clayton copula; 0 = independent).
         exponent_small: Zipf exponent of a table of 2,000 rows.
         exponent_large: Zipf exponent of a table of 2,000,000 rows; log-linear in between and a little beyond.
+        least_excess: least (exponent - 1), before the spread over tables; below 0, large tables may be flatter than 1 / rank.
         shift: Zipf-Mandelbrot shift of a table of 100,000 rows, in ranks.
         shift_growth: the shift grows with rows ** shift_growth, which keeps the fit near its points from scale 1/10 to 1.
         click_rate: share of positive labels.
     """
 
+    title: str
+    feature_names: tuple[str, ...]
+    num_dense: int
     published_rows: tuple[int, ...]
     embedding_dim: int
     published_points: tuple[tuple[float, float], ...]
     coupling: float
     exponent_small: float
     exponent_large: float
+    least_excess: float
     shift: float
     shift_growth: float
     click_rate: float
 
     def rows(self, scale: float) -> npt.NDArray[np.int64]:
-        """Rows per table at `scale`, int64 [26]: published rows times scale, but see `KEEP_ROWS`; never above published."""
+        """Rows per table at `scale`, int64 [F]: published rows times scale, but see `KEEP_ROWS`; never above published."""
         published = np.asarray(self.published_rows, dtype=np.int64)
         scaled = np.maximum(np.rint(published * scale).astype(np.int64), KEEP_ROWS)
         rows: npt.NDArray[np.int64] = np.minimum(published, scaled)
@@ -119,36 +139,58 @@ class CriteoShape:
         rows = self.rows(scale)
         size = np.clip((np.log10(rows) - 3.3) / 3.0, 0.0, 1.35)
         smooth = self.exponent_small + (self.exponent_large - self.exponent_small) * size
-        # Fractions of the golden ratio: a fixed, even spread over tables without another 26 numbers to fit.
-        spread = np.arange(1, NUM_SPARSE + 1) * 0.6180339887 % 1.0 - 0.5
-        exponent = 1.0 + np.maximum(smooth - 1.0, _LEAST_EXCESS) * (1.0 + 0.3 * spread)
+        # Fractions of the golden ratio: a fixed, even spread over tables without another number for each to fit.
+        spread = np.arange(1, len(rows) + 1) * 0.6180339887 % 1.0 - 0.5
+        exponent = 1.0 + np.maximum(smooth - 1.0, self.least_excess) * (1.0 + 0.3 * spread)
         return PopularityLaw(rows, exponent, self.shift * (rows / 1e5) ** self.shift_growth)
 
 
-_LEAST_EXCESS = 0.02  # The closed form divides by 1 - exponent.
-
+# Their order is part of the generated samples: a shape's place is a word of its random streams' seeds. New ones go to the end.
 SHAPES: Mapping[str, CriteoShape] = {
     "kaggle": CriteoShape(
+        title="Criteo kaggle",
+        feature_names=SPARSE_NAMES,
+        num_dense=NUM_DENSE,
         published_rows=_KAGGLE_ROWS,
         embedding_dim=16,
         published_points=((0.0020, 0.504), (0.0095, 0.651), (0.068, 0.758)),
         coupling=10.0,
         exponent_small=1.335,
         exponent_large=1.025,
+        least_excess=0.02,
         shift=0.82,
         shift_growth=0.25,
         click_rate=0.25,
     ),
     "terabyte": CriteoShape(
+        title="Criteo terabyte",
+        feature_names=SPARSE_NAMES,
+        num_dense=NUM_DENSE,
         published_rows=tuple(min(rows, _TERABYTE_MAX_ROWS) for rows in _TERABYTE_UNCAPPED_ROWS),
         embedding_dim=64,
         published_points=((0.0003, 0.526), (0.0013, 0.731), (0.0066, 0.817)),
         coupling=5.8,
         exponent_small=1.776,
         exponent_large=1.366,
+        least_excess=0.02,
         shift=7.6,
         shift_growth=0.43,
         click_rate=0.25,
+    ),
+    "avazu": CriteoShape(
+        title="Avazu",
+        feature_names=AVAZU_FEATURES,
+        num_dense=1,
+        published_rows=tuple(min(rows, _AVAZU_MAX_ROWS) for rows in _AVAZU_ROWS),
+        embedding_dim=16,
+        published_points=((0.002, 0.214), (0.014, 0.442), (0.18, 0.746)),
+        coupling=8.6,
+        exponent_small=1.051,
+        exponent_large=0.8895,
+        least_excess=-0.5,  # no bound: FAE's points need large tables flatter than 1 / rank
+        shift=0.155,
+        shift_growth=0.71,
+        click_rate=0.17,
     ),
 }
 

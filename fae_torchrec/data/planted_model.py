@@ -25,8 +25,8 @@ class PlantedModel:
     """True logits as a function of ids and dense features; row effects are hashed from the id, so no row is ever stored.
 
     logit = bias + LOGIT_DEVIATION * (rows + pairs + dense), where `rows` adds one effect per looked-up row, `pairs` multiplies a second
-    effect of neighbouring large tables, `dense` is linear with one product. Each part is centred and scaled on a calibration sample,
-    so that click rate and difficulty hold at every scale and seed.
+    effect of neighbouring large tables, `dense` is linear with one product (of one column: its square). Each part is centred and scaled on
+    a calibration sample, so that click rate and difficulty hold at every scale and seed.
 
     Attributes:
         rows: rows per table, int64 [F].
@@ -80,7 +80,7 @@ class PlantedModel:
         pairs = np.einsum("fn,fn->n", second[large[:-1]], second[large[1:]]) if len(large) > 1 else np.zeros(samples)
         random = np.random.Generator(np.random.Philox(key=[self.seed, tables]))
         linear = dense @ random.uniform(-1.0, 1.0, size=(dense.shape[1],)).astype(np.float32)
-        return np.stack([weight @ first, pairs, linear + dense[:, 0] * dense[:, 1]])
+        return np.stack([weight @ first, pairs, linear + dense[:, 0] * dense[:, min(1, dense.shape[1] - 1)]])
 
     def _effects(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Two hashed effects per looked-up row, uniform with mean 0, each float64 [F, N] (splitmix64's finaliser over table and id)."""

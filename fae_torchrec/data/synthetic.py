@@ -1,4 +1,4 @@
-"""Synthetic Criteo: a deterministic source with the published table sizes, fitted popularity, correlated features and planted clicks.
+"""Synthetic Criteo and Avazu: a deterministic source with published table sizes, fitted popularity, correlated features, planted clicks.
 
 **Popularity.** Every table follows a bounded Zipf-Mandelbrot law with its own exponent (`criteo_shape.PopularityLaw`); ranks become
 ids by an affine bijection, so hot rows lie scattered over a table as in real data.
@@ -6,7 +6,7 @@ ids by an affine bijection, so hot rows lie scattered over a table as in real da
 **Correlation.** Each sample has a latent level V ~ Gamma(1 / coupling); table t's quantile is u_t = 1 - (1 + E_t / V) ** (-1 / coupling)
 with private E_t ~ Exp(1). This is a survival Clayton copula: every u_t is exactly uniform, so the tables keep their laws whatever the
 coupling, and tails come together: a small V (an unusual user or page) makes all features of the sample rare, while most samples have
-no rare feature at all. Without it P(all 26 are hot) is a product and falls far short of what FAE reports.
+no rare feature at all. Without it P(all features are hot) is a product and falls far short of what FAE reports.
 
 **Fit.** Five numbers per data set (the coupling, the exponents of small and of large tables, the Zipf shift and how it grows with the
 table) were fitted by Nelder-Mead to the three published points of FAE Fig. 5, at scale 1/10 with threshold selection by the counts of
@@ -21,6 +21,20 @@ Residuals at 1/10 (`python benchmarks/synthetic_fit.py`, its JSON and `docs/imag
 
 More counted samples find more of the tail, hence the drift of the last points. At scale 1 the closed form predicts +1, -2 and -3 for
 Kaggle, +7, -1 and -2 for Terabyte. At 1/100 the small tables, which do not shrink, outgrow the smallest byte shares.
+
+Avazu was fitted to the closed form (`criteo_access`) at scales 1/10, 3/10 and 1. Its residuals there, and of profiles at 1/10:
+
+                               Avazu 0.2 %   1.4 %    18 %
+       law, scale 1/10                -2.0    -0.1    +2.4
+       law, scale 3/10                +2.6    +2.7    +0.3
+       law, scale 1                    0.0    -0.5    -2.6
+       500,000 counted at 1/10        -2.0    -0.4    -7.2
+     1,000,000 counted at 1/10        -1.9    -0.2    -3.1
+     2,000,000 counted at 1/10        -2.1    -0.1    -1.3
+     drawn independently             -19.5   -22.2   -15.6
+
+18 % of the bytes are 169,000 rows at scale 1/10, most of them rarely looked up: the fewer samples are counted, the more of them are not
+seen, and a row that was not seen cannot be hot.
 """
 
 from __future__ import annotations
@@ -35,7 +49,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from fae_torchrec.core.errors import ConfigError
-from fae_torchrec.data.criteo_shape import NUM_DENSE, NUM_SPARSE, criteo_shape
+from fae_torchrec.data.criteo_shape import SHAPES, criteo_shape
 from fae_torchrec.data.dealing import rank_runs
 from fae_torchrec.data.planted_model import PlantedModel, sigmoid
 from fae_torchrec.data.sharded_source import ShardedSource
@@ -54,8 +68,8 @@ class SyntheticSamples(NamedTuple):
     """Consecutive samples with the truth behind their labels.
 
     Attributes:
-        dense: float32 [N, 13].
-        ids: int64 [26, N].
+        dense: float32 [N, 13], Avazu: [N, 1].
+        ids: int64 [26, N], Avazu: [21, N].
         labels: float32 [N], 0 or 1.
         probability: float64 [N], the true click probability.
     """
@@ -67,14 +81,14 @@ class SyntheticSamples(NamedTuple):
 
 
 class SyntheticCriteo(ShardedSource):
-    """A ShardedSource shaped like Criteo Kaggle or Criteo Terabyte: 26 one-hot features, 13 dense features, planted labels.
+    """A ShardedSource shaped like Criteo Kaggle, Criteo Terabyte (26 one-hot, 13 dense features) or Avazu (21 and 1), planted labels.
 
     Sample i of (dataset, scale, seed, split) is a pure function: batch size, rank and world size only deal the samples. Train and test
     share popularity, ids and the planted model and differ in the draws. (numpy keeps its random streams within a version, and the last
     bit of exp and log may differ between CPU types: rarely, an id is a neighbour in rank there.)
 
     Args:
-        dataset: "kaggle" or "terabyte".
+        dataset: "kaggle", "terabyte" or "avazu".
         scale: rows of the large tables as a share of the published rows, in (0, 1].
         num_samples: samples in one pass over all ranks.
         seed: names popularity, planted model and draws, 0 or more.
@@ -82,8 +96,8 @@ class SyntheticCriteo(ShardedSource):
         coupled: False draws a sample's features independently from the same laws; the negative control of the fit.
 
     Attributes:
-        feature_names: "cat_0" .. "cat_25", as in TorchRec's own Criteo dataset.
-        num_dense: 13.
+        feature_names: "cat_0" .. "cat_25", as in TorchRec's own Criteo dataset; the columns' names of Avazu.
+        num_dense: 13; Avazu: 1.
         num_samples: samples in one pass over all ranks.
         name: data set, scale, samples, seed and split.
         cardinalities: feature -> rows of its table.
@@ -94,7 +108,7 @@ class SyntheticCriteo(ShardedSource):
 
     def __init__(
         self,
-        dataset: Literal["kaggle", "terabyte"],
+        dataset: Literal["kaggle", "terabyte", "avazu"],
         *,
         scale: float = 0.1,
         num_samples: int,
@@ -111,19 +125,19 @@ class SyntheticCriteo(ShardedSource):
             raise ConfigError(f"synthetic seed must be in 0..{2**16 - 1}, received {seed}")
         if split not in ("train", "test"):
             raise ConfigError(f"synthetic split {split!r} is not 'train' or 'test'")
-        self.num_dense = NUM_DENSE
+        self.num_dense = shape.num_dense
         self.num_samples = num_samples
-        self.feature_names = tuple(f"cat_{i}" for i in range(NUM_SPARSE))
+        self.feature_names = shape.feature_names
         self._law = shape.popularity(scale)
         self.cardinalities = {name: int(rows) for name, rows in zip(self.feature_names, self._law.rows, strict=True)}
         self._coupling = shape.coupling
         self._coupled = coupled
-        words = [sorted(("kaggle", "terabyte")).index(dataset), seed]
+        words = [list(SHAPES).index(dataset), seed]
         self._keys = {name: np.random.SeedSequence([*words, i]).generate_state(2, np.uint64) for i, name in enumerate(_SPLITS)}
         self._step, self._offset = _affine_permutations(self._law.rows, np.random.SeedSequence([*words, len(_SPLITS)]))
         self._split: str = split
         independent = "" if coupled else ", features drawn independently"
-        self.name = f"synthetic criteo {dataset}, scale {scale}, {num_samples} samples, seed {seed}, {split}{independent}"
+        self.name = f"synthetic {shape.title.lower()}, scale {scale}, {num_samples} samples, seed {seed}, {split}{independent}"
         probes = [self._draw("probe", block)[:2] for block in range(_PROBE_BLOCKS)]
         probe_ids, probe_dense = np.concatenate([p[0] for p in probes], axis=1), np.concatenate([p[1] for p in probes])
         self.planted_model = PlantedModel.calibrated(self._law.rows, seed, probe_ids, probe_dense, shape.click_rate)
@@ -155,7 +169,7 @@ class SyntheticCriteo(ShardedSource):
         """One pass over this rank's share, dealt as `BatchSource` says.
 
         Yields:
-            Batches of dense [B, 13] float32, a KeyedJaggedTensor of int64 ids with 26 one-hot features, labels [B] float32.
+            Batches of dense [B, num_dense] float32, a KeyedJaggedTensor of int64 ids with one-hot features, labels [B] float32.
         """
         starts, stops = rank_runs(self.num_samples, batch_size, rank, world_size)
         return map(self._to_batch, self._runs(zip(starts.tolist(), stops.tolist(), strict=True)))
@@ -184,12 +198,12 @@ class SyntheticCriteo(ShardedSource):
         return SyntheticSamples(dense, ids, (uniform < probability).astype(np.float32), probability)
 
     def _draw(self, split: str, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """All that is random about one block: ids [26, n], dense [n, 13] and one uniform [n] for the labels."""
+        """All that is random about one block: ids [F, n], dense [n, num_dense] and one uniform [n] for the labels."""
         # The block number is the counter's highest word: blocks are 2**192 draws apart and never overlap.
         random = np.random.Generator(np.random.Philox(key=self._keys[split], counter=[0, 0, 0, block]))
         level = np.maximum(random.standard_gamma(1.0 / self._coupling, size=BLOCK_SAMPLES), np.finfo(np.float64).tiny)
-        private = random.standard_exponential(size=(NUM_SPARSE, BLOCK_SAMPLES))
-        dense = random.standard_normal(size=(BLOCK_SAMPLES, NUM_DENSE), dtype=np.float32)
+        private = random.standard_exponential(size=(len(self.feature_names), BLOCK_SAMPLES))
+        dense = random.standard_normal(size=(BLOCK_SAMPLES, self.num_dense), dtype=np.float32)
         uniform = random.random(size=BLOCK_SAMPLES)
         if self._coupled:
             with np.errstate(over="ignore"):  # an overflow means the least popular row, which is right
@@ -204,15 +218,15 @@ class SyntheticCriteo(ShardedSource):
         return ids, dense, uniform
 
     def _to_batch(self, run: SyntheticSamples) -> Batch:
-        size = len(run.labels)
+        size, features = len(run.labels), len(self.feature_names)
         sparse = KeyedJaggedTensor(
             keys=list(self.feature_names),
             values=torch.from_numpy(run.ids.reshape(-1)),
-            lengths=torch.ones(NUM_SPARSE * size, dtype=torch.int32),
-            offsets=torch.arange(NUM_SPARSE * size + 1, dtype=torch.int32),
+            lengths=torch.ones(features * size, dtype=torch.int32),
+            offsets=torch.arange(features * size + 1, dtype=torch.int32),
             stride=size,
-            length_per_key=[size] * NUM_SPARSE,
-            offset_per_key=[size * i for i in range(NUM_SPARSE + 1)],
+            length_per_key=[size] * features,
+            offset_per_key=[size * i for i in range(features + 1)],
         )
         return Batch(dense_features=torch.from_numpy(run.dense), sparse_features=sparse, labels=torch.from_numpy(run.labels))
 

@@ -129,14 +129,14 @@ def test_train_and_test_share_popularity_and_model() -> None:
     np.testing.assert_array_equal(SMALL.planted_model.logits(two.ids, two.dense), test.planted_model.logits(two.ids, two.dense))
 
 
-@pytest.mark.parametrize("dataset", ["kaggle", "terabyte"])
+@pytest.mark.parametrize("dataset", ["kaggle", "terabyte", "avazu"])
 @pytest.mark.parametrize("scale", [0.003, 1.0])
 def test_batch_is_well_formed_and_ids_are_in_range(dataset: str, scale: float) -> None:
     source = SyntheticCriteo(dataset, scale=scale, num_samples=20_000)  # type: ignore[arg-type]
     for batch in source.batches(8_192):
         kjt, size = batch.sparse_features, len(batch.labels)
         assert kjt.keys() == list(source.feature_names) and kjt.stride() == size and kjt.values().dtype == torch.int64
-        assert batch.dense_features.shape == (size, 13) and batch.dense_features.dtype == torch.float32
+        assert batch.dense_features.shape == (size, source.num_dense) and batch.dense_features.dtype == torch.float32
         assert batch.labels.dtype == torch.float32 and set(batch.labels.unique().tolist()) <= {0.0, 1.0}
         for name, rows in source.cardinalities.items():
             ids = kjt[name].values()
@@ -144,13 +144,13 @@ def test_batch_is_well_formed_and_ids_are_in_range(dataset: str, scale: float) -
             assert torch.equal(kjt[name].lengths(), torch.ones(size, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("dataset", ["kaggle", "terabyte"])
+@pytest.mark.parametrize("dataset", ["kaggle", "terabyte", "avazu"])
 def test_ranks_invert_the_distribution_function(dataset: str) -> None:
     law = SHAPES[dataset].popularity(0.1)
-    survival = np.tile(np.array([1.0, 0.9, 0.5, 0.1, 1e-3, 1e-6, 0.0]), (26, 1))
+    survival = np.tile(np.array([1.0, 0.9, 0.5, 0.1, 1e-3, 1e-6, 0.0]), (len(law.rows), 1))
     ranks = law.ranks(survival.copy())
     assert (ranks[:, 0] == 0).all() and (ranks[:, -1] == law.rows - 1).all()
-    for table in range(26):  # slower second method: bisection on the survival function
+    for table in range(len(law.rows)):  # slower second method: bisection on the survival function
         for column in range(1, 6):
             low, high = 0, int(law.rows[table])
             while high - low > 1:

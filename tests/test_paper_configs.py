@@ -1,0 +1,100 @@
+"""The configs of the FAE paper's workloads: the model that each describes, and that it trains when its rows are scaled down."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from fae_torchrec import cli
+from fae_torchrec.config import load_config
+from fae_torchrec.experiment_data import open_data
+from fae_torchrec.experiment_model import experiment_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
+
+
+class Workload(NamedTuple):
+    """A model of the paper: widths as facebookresearch/dlrm writes them, input included; the top MLP's input follows from the rest."""
+
+    bottom: str
+    top: str
+    tables: int
+    rows: int
+    embedding_dim: int
+    batch_size: int
+
+
+KAGGLE = {"tables": 26, "rows": 33_762_577}
+RMC2 = Workload("13-512-256-64-16", "512-256-1", **KAGGLE, embedding_dim=16, batch_size=1024)
+RMC3 = Workload("13-512-256-64", "512-512-256-1", 26, 266_000_000, embedding_dim=64, batch_size=2048)
+RMC4 = Workload("1-512-256-64-16", "512-256-1", 21, 9_300_000, embedding_dim=16, batch_size=1024)
+SYNTHETIC = {
+    "kaggle": RMC2,
+    "terabyte": RMC3,
+    "criteo_terabyte_synthetic": RMC3._replace(batch_size=4096),
+    "avazu_synthetic": RMC4,
+    "syn_m1": Workload("13-64", "512-1", **KAGGLE, embedding_dim=64, batch_size=1024),
+    "syn_m2": Workload("13-512-64", "512-256-1", **KAGGLE, embedding_dim=64, batch_size=1024),
+    "syn_m3": Workload("13-1024-512-64", "512-1024-256-1", **KAGGLE, embedding_dim=64, batch_size=1024),
+    "syn_m4": Workload("13-1024-512-256-64", "512-1024-512-256-1", **KAGGLE, embedding_dim=64, batch_size=1024),
+}
+REAL = {"criteo_kaggle": RMC2, "criteo_terabyte_npy": RMC3, "avazu": RMC4}
+TINY = (
+    *("data.synthetic.scale=0.001", "data.synthetic.train_samples=4096", "data.synthetic.test_samples=1024"),
+    *("profile.sample_rate=0.5", "placement.budget=30%", "train.batch_size=256", "train.steps=4", "train.swap_eval_batches=1"),
+)
+
+
+def _widths(module: nn.Module) -> list[tuple[int, int]]:
+    """Inputs and outputs of a module's linear layers, in order."""
+    return [(layer.in_features, layer.out_features) for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_the_model_is_the_papers(name: str) -> None:
+    workload = SYNTHETIC[name]
+    config = load_config(CONFIGS / f"{name}.yaml", [f"data.synthetic.{key}=1" for key in ("scale", "train_samples", "test_samples")])
+    data = open_data(config)
+    assert data.name.startswith("synthetic ")
+    dlrm = experiment_model(config, data, torch.device("meta")).model
+    tables = dlrm.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    assert [table.embedding_dim for table in tables] == [workload.embedding_dim] * workload.tables
+    assert sum(table.num_embeddings for table in tables) == workload.rows
+    bottom = [int(width) for width in workload.bottom.split("-")]
+    assert _widths(dlrm.dense_arch) == list(pairwise(bottom))
+    # The dense vector beside the dot products of all pairs of the tables' vectors and it.
+    vectors = workload.tables + 1
+    top = [workload.embedding_dim + vectors * (vectors - 1) // 2, *(int(width) for width in workload.top.split("-"))]
+    assert _widths(dlrm.over_arch) == list(pairwise(top))
+    assert config.train.batch_size == workload.batch_size
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_files_get_the_same_model(name: str) -> None:
+    workload, config = REAL[name], load_config(CONFIGS / f"{name}.yaml")
+    assert config.data.synthetic is None and config.model.embedding_dim == workload.embedding_dim
+    assert "-".join(map(str, config.model.dense_arch)) == workload.bottom.partition("-")[2]
+    assert "-".join(map(str, config.model.over_arch)) == workload.top
+    assert config.train.batch_size == workload.batch_size
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_each_file_says_what_it_is(name: str) -> None:
+    comment = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    text = " ".join(comment)
+    assert "FAE's " in comment[0] + comment[1] and "synthetic" in text and f"--config examples/configs/{name}.yaml" in text
+
+
+@pytest.mark.parametrize("name", sorted(SYNTHETIC.keys() - {"criteo_terabyte_synthetic"}))
+def test_it_trains_at_a_tiny_scale(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    overrides = [part for item in TINY for part in ("--set", item)]
+    assert cli.main(["train", "--config", str(CONFIGS / f"{name}.yaml"), *overrides, "--output", str(tmp_path), "--quiet", "--json"]) == 0
+    run = json.loads(capfd.readouterr().out)
+    assert run["steps"] == 4 and run["samples"] == 4 * 256 and 0 < run["train_loss"] < 20
+    assert 0 < run["hot_inputs"] < 1, "both kinds of samples"
