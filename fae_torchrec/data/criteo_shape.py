@@ -40,7 +40,7 @@ _TERABYTE_UNCAPPED_ROWS = (
 _TERABYTE_MAX_ROWS = 55_256_116
 
 # Distinct values of Avazu's 21 categorical columns over all 40,428,967 lines of train.csv, in the order of the file, 9,449,205 in all: the
-# table sizes of hpcaitech/CachedEmbedding (data/avazu.py); public analyses of the competition's data count the same.
+# table sizes of hpcaitech/CachedEmbedding (avazu.py); public analyses of the competition's data count the same.
 _AVAZU_ROWS = (
     *(7, 7, 4_737, 7_745, 26, 8_552, 559, 36, 2_686_408, 6_729_486, 8_251, 5, 4),
     *(2_626, 8, 9, 435, 4, 68, 172, 60),
