@@ -1,4 +1,7 @@
-"""What all tests share: ranks of most tests are forked from a server that has imported torch and TorchRec once, which takes seconds."""
+"""What all tests share: ranks of most tests are forked from a server that has imported torch and TorchRec once, which takes seconds.
+
+And torch computes in one thread: tests are small, and threads that wait for each other on shared cores make them many times slower.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch.multiprocessing.spawn import start_processes
 
 from fae_torchrec.distributed import local_ranks
@@ -19,6 +23,8 @@ _IMPORTED = [
     "tests.training.small_pipeline",
     "fae_torchrec.experiment",
 ]
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -127,6 +127,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunConfig]]:
         "breakdown": {},
         "test_auc": 0.5,
         "test_logloss": 1.0,
+        "work": None,
     }
 
     def run(function: Callable[..., Any], world_size: int, config: RunConfig, *args: Any, device_type: str = "cpu") -> list[Any]:
@@ -134,6 +135,8 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunConfig]]:
         return [entry]
 
     monkeypatch.setattr("fae_torchrec.compare.run_on_local_ranks", run)  # imported by this, before the other is replaced
+    for name, result in (("_check_work", None), ("all_score_intervals", {})):  # there is no work and no score to look at
+        monkeypatch.setattr(f"fae_torchrec.compare.{name}", lambda *_, result=result: result)
     monkeypatch.setattr(local_ranks, "run_on_local_ranks", run)
     yield configs
 
