@@ -127,7 +127,7 @@ def test_no_link_is_told_before_any_work(
 
 
 def test_a_link_above_its_limit_is_refused() -> None:
-    check_limit = import_module("two_hosts").check_limit
+    check_limit = import_module("two_hosts_rank").check_limit
     check_limit({"one_way_mbit": 1049.0}, 1000)
     check_limit({"one_way_mbit": 9000.0}, 0)
     with pytest.raises(RuntimeError, match="limited to 1000 Mbit/s and carried"):
