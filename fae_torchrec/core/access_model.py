@@ -260,6 +260,16 @@ class AccessModel:
             self._shares[key] = self._select(budget_bytes, pinned_max_rows)
         return self._shares[key]
 
+    def chosen(self, hot: Sequence[Floats], hot_inputs: float) -> HotShare:
+        """What given hot rows make.
+
+        Args:
+            hot: by table, float64 [bins], share of each bin's rows that is hot.
+            hot_inputs: share of samples that are all hot, known from elsewhere.
+        """
+        used = sum(float(curve.rows @ part) * table.row_bytes for curve, part, table in zip(self.curves, hot, self.tables, strict=True))
+        return self._shared(round(used), list(hot), hot_inputs, 0.0)
+
     def _select(self, budget_bytes: int, pinned_max_rows: int) -> HotShare:
         pinned = [table.rows <= pinned_max_rows for table in self.tables]
         least = sum(table.total_bytes for table, always in zip(self.tables, pinned, strict=True) if always)
@@ -278,7 +288,7 @@ class AccessModel:
             part = np.where(of_bins > density, 1.0, np.where(of_bins == density, partly, 0.0))
             part[curve.seen :] = 0.0
             hot.append(part)
-        return self._shared(budget_bytes, hot, density, partly)
+        return self._shared(budget_bytes, hot, self._joint.hot_inputs(self.curves, hot, density, partly), density)
 
     def _density(self, number: int) -> Floats:
         curve, table = self.curves[number], self.tables.tables[number]
@@ -306,8 +316,8 @@ class AccessModel:
         above, equal = float(sizes[densities > density].sum()), float(sizes[densities == density].sum())
         return density, (room - above) / equal
 
-    def _shared(self, budget_bytes: int, hot: list[Floats], density: float, partly: float) -> HotShare:
-        hot_inputs = min(max(self._joint.hot_inputs(self.curves, hot, density, partly), 0.0), 1.0)
+    def _shared(self, budget_bytes: int, hot: list[Floats], hot_inputs: float, density: float) -> HotShare:
+        hot_inputs = min(max(hot_inputs, 0.0), 1.0)
         rows = np.array([float(curve.rows @ part) for curve, part in zip(self.curves, hot, strict=True)])
         coverage = np.array([float(curve.mass @ part) for curve, part in zip(self.curves, hot, strict=True)])
         if all(bool((part >= 1).all()) for part in hot):

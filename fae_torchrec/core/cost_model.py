@@ -19,7 +19,7 @@ from fae_torchrec.core.hardware import Hardware
 from fae_torchrec.core.tables import Optimizer, TableSet
 
 Stock = Literal["hbm", "uvm", "by_table", "uvm_caching", "prefetch", "host"]
-HotTier = Literal["replicated", "sharded"]
+HotTier = Literal["replicated", "sharded", "row_wise"]
 Kind = Literal["hot", "cold"]
 
 _KINDS: tuple[Kind, Kind] = ("hot", "cold")
@@ -201,15 +201,16 @@ class CostModel:
             kind: of the batch.
             cold_tier: "uvm" (staged), "uvm_caching" (with prefetch) or "host".
             split_ahead: whether a loader splits the ids by tier before the step.
-            hot_tier: every rank has all hot rows, or they are spread over the ranks table-wise.
+            hot_tier: every rank has all hot rows, or they are spread over the ranks, table-wise ("sharded") or row by row.
         """
         job, ranks = self.job, self.job.ranks
         hot_mass, cold_mass = self._tier_masses(share, kind)
         lookups = job.batch_size * self._lookups * np.array([float(of_table.sum()) for of_table in hot_mass])
         own, union = (self._distinct_rows(hot_mass, samples, share.hot) for samples in (job.batch_size, job.batch_size * ranks))
         pooled = 4 * job.batch_size * float(self._features @ self._dims)
-        if hot_tier == "sharded":
-            updated, more = union / ranks, self._exchange(self._features, ids=float(lookups.sum()))
+        if hot_tier != "replicated":
+            parts = ranks if hot_tier == "row_wise" else 1  # by row every rank has a part of every bag
+            updated, more = union / ranks, self._exchange(self._features, ids=float(lookups.sum()), parts=parts)
         else:
             updated, more = self._hot_exchange(own, union)
         work = self._dense().plus(tiers=1.0, fast_bytes=2 * pooled).plus(**self._lookup("fast", lookups, updated)).plus(**more)
@@ -293,13 +294,14 @@ class CostModel:
         with_cold = np.where(each > 1, 1 - (1 - np.minimum(chance, 1.0)) ** each, each * chance)
         return self.job.batch_size * float(with_cold.max())
 
-    def _exchange(self, features: Floats, ids: float, bags: float | None = None) -> dict[str, float]:
+    def _exchange(self, features: Floats, ids: float, bags: float | None = None, parts: int = 1) -> dict[str, float]:
         """The input dist of ids and lengths, and pooled rows and their gradients, all to all.
 
         Args:
             features: of each table.
             ids: of all of them.
             bags: of each feature; a sample's each if it is not given.
+            parts: rows that are sent for each bag.
         """
         if self.job.ranks == 1 or not features.any():
             return {}
@@ -307,7 +309,7 @@ class CostModel:
         inputs = _ID_BYTES * ids + _LENGTH_BYTES * size * float(features.sum())
         pooled = 4 * size * float(features @ self._dims)
         others = (self.job.ranks - 1) / self.job.ranks
-        sent = self._links.to_others((inputs + 2 * pooled) * others)
+        sent = self._links.to_others((inputs + 2 * parts * pooled) * others)
         return {**sent, "collectives": sent["collectives"] + 4}
 
     def _hot_exchange(self, own: Floats, union: Floats) -> tuple[Floats, dict[str, float]]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fae_torchrec.core.expected_access import TableAccess
+import numpy as np
 
-_ID_BYTES, _LENGTH_BYTES, _PACKED_ROW_BYTES = 8, 4, 8
-_VALUE_BYTES = 4  # pooled rows and gradients are fp32
+from fae_torchrec.core.access_curve import AccessCurve
+from fae_torchrec.core.access_model import AccessModel, HotShare, Independent
+from fae_torchrec.core.cost_model import CostModel, HotTier, Job
+from fae_torchrec.core.expected_access import TableAccess
+from fae_torchrec.core.hardware import hardware_preset
+from fae_torchrec.core.tables import TableSet
+
+_ANY = hardware_preset("h100")  # how many bytes are sent is the same on all
+_HOT_TIERS: Mapping[str, HotTier] = {"replicated": "replicated", "table_wise": "sharded", "row_wise": "row_wise"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class TierTraffic:
 
 
 def tier_traffic(access: Mapping[str, TableAccess], hot_inputs: float, batch_size: int, ranks: int, hot_tier: str) -> TierTraffic:
-    """Adds up the tables.
+    """Adds up the tables; what is exchanged is the cost model's.
 
     Args:
         access: expected accesses by table, `expected_access`.
@@ -51,24 +58,33 @@ def tier_traffic(access: Mapping[str, TableAccess], hot_inputs: float, batch_siz
         hot_tier: "replicated": the gradients of the hot rows that a global batch touches are exchanged; else hot rows are looked up where
             they lie, by all ranks. With "row_wise" every rank has a part of every bag, so that it sends as many rows as there are ranks.
     """
-    others, cold_batches = (ranks - 1) / ranks, 1 - hot_inputs
-    hot = cold = exchanged = ids = rows = 0.0
+    hot = cold = ids = rows = 0.0
     for one in access.values():
-        row_bytes, value_bytes = one.table.row_bytes, one.table.dim * _VALUE_BYTES
         distinct_cold = one.cold.distinct(batch_size * ranks)
-        hot += 2 * batch_size * (one.ids_per_sample - one.cold_ids_per_sample) * row_bytes
-        cold += 2 * distinct_cold * row_bytes / ranks
+        hot += 2 * batch_size * (one.ids_per_sample - one.cold_ids_per_sample) * one.table.row_bytes
+        cold += 2 * distinct_cold * one.table.row_bytes / ranks
         ids += batch_size * one.cold_ids_per_sample
         rows += distinct_cold
-        bags = 2 * batch_size * len(one.table.feature_names) * (value_bytes + _LENGTH_BYTES / 2) * others
-        if one.hot_rows < one.table.rows:  # an all-hot table has no feature in the cold exchange
-            exchanged += cold_batches * bags + batch_size * one.cold_ids_per_sample * _ID_BYTES * others
-        if one.hot_rows and hot_tier == "replicated":
-            own, union = one.hot.distinct(batch_size), one.hot.distinct(batch_size * ranks)
-            exchanged += min((ranks - 1) * own, 2 * others * union) * (value_bytes + _PACKED_ROW_BYTES)
-        elif one.hot_rows:
-            exchanged += (
-                bags * (ranks if hot_tier == "row_wise" else 1)
-                + batch_size * (one.ids_per_sample - one.cold_ids_per_sample) * _ID_BYTES * others
-            )
+    exchanged = 0.0
+    if ranks > 1 and access:
+        model, share = _chosen(access, hot_inputs)
+        job = Job(model.tables, batch_size, ranks, dense_parameters=0, dense_macs=0)
+        exchanged = CostModel(job, model, _ANY).epoch(share, "uvm", split_ahead=True, hot_tier=_HOT_TIERS[hot_tier]).sent_bytes
     return TierTraffic(hot, cold, exchanged, ids, rows)
+
+
+def _chosen(access: Mapping[str, TableAccess], hot_inputs: float) -> tuple[AccessModel, HotShare]:
+    """The tables as the cost model has them, with the hot rows that were chosen."""
+    curves, hot = {}, []
+    for name, one in access.items():
+        parts = (one.hot, one.seen, one.unseen)
+        rates, rows = (np.concatenate([getattr(part, key) for part in parts]) for key in ("rates", "rows"))
+        is_hot = np.repeat([1.0, 0.0], [len(one.hot.rows), len(one.seen.rows) + len(one.unseen.rows)])
+        order = np.argsort(-rates, kind="stable")
+        rates, rows, is_hot = rates[order], rows[order], is_hot[order]
+        total = float(rates @ rows)
+        chance = rates / total if total else np.full_like(rates, 1 / rows.sum())
+        curves[name] = AccessCurve(rows, chance, one.ids_per_sample, len(rows))
+        hot.append(is_hot)
+    model = AccessModel(TableSet(tuple(one.table for one in access.values())), curves, Independent(), "a profile, under a hot set")
+    return model, model.chosen(hot, hot_inputs)
