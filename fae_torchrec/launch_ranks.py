@@ -128,6 +128,6 @@ def _outcome(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:
+        except Exception:  # whatever pickling raises: the others could not read it
             return None, FAEError(f"{type(error).__name__}: {error}")
         return None, error
