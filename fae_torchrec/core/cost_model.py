@@ -227,7 +227,7 @@ class CostModel:
         if self.hardware.device == "cpu":
             return work.plus(fast_bytes=2 * pooled).plus(**self._lookup("host", cold, touched))
         if cold_tier == "host":
-            return work.plus(link_bytes=2 * pooled, **self._lookup("host", cold, touched))
+            return work.plus(link_bytes=2 * pooled, fast_bytes=2 * pooled).plus(**self._lookup("host", cold, touched))
         cached = float(cold.sum()) if cold_tier == "uvm_caching" else 0.0
         brought = float(touched @ self._link_bytes(2.0))  # once in, once back, whoever brings them
         work = work.plus(fast_bytes=2 * pooled, link_bytes=brought, cache_ids=cached)

@@ -145,6 +145,7 @@ def test_hot_and_cold_batches_of_a_partly_hot_table_by_hand() -> None:
     assert model.fae(share, "cold", "uvm_caching", split_ahead=True) == replace(cold, cache_ids=400)
     host = model.fae(share, "cold", "host", split_ahead=True)
     assert host.host_rows == pytest.approx(400 + _distinct(500, 400)) and host.link_bytes == 2 * 4 * 400 * 4
+    assert host.fast_bytes + host.host_bytes == pytest.approx(cold.fast_bytes), "the same rows are moved, and what is pooled of them"
     on_cpu = _model(1, batch_size=400, hardware=CPU).fae(share, "cold", "host", split_ahead=True)
     assert on_cpu.link_bytes == 0 and on_cpu.host_bytes == host.host_bytes
 
