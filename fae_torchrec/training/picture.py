@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -13,7 +13,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, SOFT, LINE = "C8", "C9", "C10"
@@ -29,6 +29,7 @@ COLOURS_ON_WHITE: Mapping[str, str] = {
 # Stand-ins that become CSS variables, so that one SVG serves light pages, dark pages and paper.
 _STAND_INS = {name: f"#0{index:x}0{index:x}0{index:x}" for index, name in enumerate(COLOURS_ON_WHITE, start=1)}
 _PNG_DPI = 160
+_TITLE_INCHES = 0.28
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Picture:
         fill: draws on the panels, given row by row. It names colours by `INK`, `SOFT`, `LINE` and `SERIES` only.
         size: width and height in inches.
         panels: rows and columns of panels.
+        title: a line above all, beyond `size`; none if empty.
     """
 
     fill: Callable[[Sequence[Axes]], None]
     size: tuple[float, float]
     panels: tuple[int, int] = (1, 1)
+    title: str = ""
 
     def svg(self) -> str:
         """One SVG element: no size, no fonts, no colours of its own, and nothing that a browser would fetch."""
@@ -71,10 +74,24 @@ class Picture:
             figure.savefig(buffer, format="png", dpi=_PNG_DPI, facecolor="white")
         return buffer.getvalue()
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        return self.png()
+
+    def titled(self, text: str) -> Picture:
+        """The same below a line that says what it is of, such as where the samples come from."""
+        return replace(self, title=text)
+
     def _figure(self) -> Figure:
-        figure = Figure(figsize=self.size, layout="constrained")
+        width, height = self.size
+        figure = Figure(figsize=(width, height + (_TITLE_INCHES if self.title else 0)), layout="constrained")
+        below: FigureBase = figure
+        if self.title:  # a figure of its own: a suptitle would lie on a legend outside the panels
+            parts = figure.add_gridspec(2, 1, height_ratios=[_TITLE_INCHES, height])
+            figure.add_subfigure(parts[0]).text(0.01, 0.4, self.title, va="center")
+            below = figure.add_subfigure(parts[1])
         rows, columns = self.panels
-        self.fill([figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)])
+        self.fill([below.add_subplot(rows, columns, index + 1) for index in range(rows * columns)])
         return figure
 
 

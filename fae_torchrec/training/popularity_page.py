@@ -61,7 +61,9 @@ def popularity_pictures(report: Report) -> dict[str, Picture]:
         "skew": skew_picture(profile),
         "hot_rows": hot_rows_picture(placement),
     }
-    return {name: picture for name, picture in pictures.items() if picture}
+    source = str(profile.get("source") or "")  # said in the picture itself if it is generated data: pictures travel without their page
+    title = source if source.startswith("synthetic") else ""
+    return {name: picture.titled(title) for name, picture in pictures.items() if picture}
 
 
 def popularity_page(report: Report) -> str:

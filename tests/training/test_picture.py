@@ -45,3 +45,24 @@ def test_a_log_axis_has_ticks_and_holds_its_shares(shares: list[float]) -> None:
 def test_short_numbers() -> None:
     assert [short_count(value) for value in (0, 0.123, 7, 1500, 33_800_000, 2.5e9)] == ["0", "0.12", "7", "1,500", "33.8 M", "2.5 G"]
     assert [short_percent(share) for share in (0.002, 0.5, 0.994, 0.999, 1.0)] == ["0.2%", "50%", "99%", "100%", "100%"]
+
+
+def test_a_title_lies_above_all_and_takes_room_of_its_own() -> None:
+    drawn: list[Axes] = []
+
+    def fill(axes: list[Axes]) -> None:
+        drawn.append(axes[0])
+        axes[0].plot([0, 1], [0, 1], label="a line")
+        axes[0].figure.legend(loc="outside upper left")
+
+    plain = Picture(fill, (4, 3))  # type: ignore[arg-type]
+    titled = plain.titled("synthetic samples")
+    sizes = [imread(io.BytesIO(picture.png()), format="png").shape for picture in (plain, titled)]
+    assert sizes[1][0] > sizes[0][0] and sizes[1][1] == sizes[0][1]
+    panel = drawn[1]
+    figure = panel.get_figure(root=True)
+    (title,), (legend,) = figure.subfigs[0].texts, figure.subfigs[1].legends
+    assert title.get_text() == "synthetic samples" and "synthetic samples" in titled.svg() and "synthetic samples" not in plain.svg()
+    lines = title.get_window_extent(), legend.get_window_extent(), panel.get_window_extent()
+    assert lines[0].y0 > lines[1].y1 > lines[1].y0 > lines[2].y1
+    assert titled._repr_png_() == titled.png(), "a notebook shows the picture that a page has"
