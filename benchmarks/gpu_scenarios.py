@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-from fae_torchrec.data.criteo_shape import KEEP_ROWS, SPARSE_NAMES, criteo_shape
+from fae_torchrec.data.criteo_shape import SPARSE_NAMES, criteo_shape
+from fae_torchrec.data.popularity_law import KEEP_ROWS
 
 GIB = 2**30
 STATE_BYTES = 4  # row-wise Adagrad's, of a row

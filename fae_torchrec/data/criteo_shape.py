@@ -10,15 +10,12 @@ import numpy.typing as npt
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.data.avazu import FEATURES as AVAZU_FEATURES
+from fae_torchrec.data.popularity_law import PopularityLaw, scaled_rows
 
 NUM_DENSE = 13
 NUM_SPARSE = 26
 SPARSE_NAMES = tuple(f"cat_{i}" for i in range(NUM_SPARSE))
 """The features of all Criteo sources, as in torchrec.datasets.criteo (DEFAULT_CAT_NAMES)."""
-
-KEEP_ROWS = 2_048
-"""Tables of at most this many published rows keep their size at every scale, and no larger table shrinks below it: real small tables
-(weekday, country, ad format) do not shrink with the traffic."""
 
 # Distinct values of C1..C26 in the Criteo Display Advertising Challenge (Kaggle) data as facebookresearch/dlrm counts them in
 # bench/dlrm_s_criteo_kaggle.sh's preprocessing (with the value for "missing"); 33,762,577 in all, as TorchRec's own DLRM example has it.
@@ -49,48 +46,6 @@ _AVAZU_ROWS = (
 # FAE has 9.3 M rows in all and does not print its per-table counts. As for Terabyte, a cap is placed where the sum is 9,300,000; it
 # touches the largest table (device_ip) only.
 _AVAZU_MAX_ROWS = 6_580_281
-
-
-@dataclass(frozen=True)
-class PopularityLaw:
-    """A bounded Zipf-Mandelbrot law per table: the row of rank r (0 = most popular) has probability ~ (r + shift) ** -exponent.
-
-    Attributes:
-        rows: rows per table, int64 [F].
-        exponent: float64 [F], none exactly 1.
-        shift: ranks, float64 [F].
-    """
-
-    rows: npt.NDArray[np.int64]
-    exponent: npt.NDArray[np.float64]
-    shift: npt.NDArray[np.float64]
-
-    def ranks(self, survival: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Inverse CDF in closed form: no table of rows is ever built.
-
-        Args:
-            survival: one minus the quantile, in [0, 1]; float64 [F, B]. Overwritten.
-
-        Returns:
-            Popularity ranks, int64 [F, B], each in 0..rows-1. Uniform `survival` gives exactly the law (its density integrated over
-            [r, r + 1), so that probabilities are differences of the closed-form CDF).
-        """
-        power = (1.0 - self.exponent)[:, None]
-        end = (self.rows + self.shift)[:, None] ** power
-        survival *= self.shift[:, None] ** power - end
-        survival += end
-        np.log(survival, out=survival)
-        survival /= power
-        np.exp(survival, out=survival)
-        survival -= self.shift[:, None]
-        ranks = survival.astype(np.int64)
-        return np.clip(ranks, 0, self.rows[:, None] - 1, out=ranks)
-
-    def tail_mass(self, table: int, rank: float) -> float:
-        """Probability that an access of `table` goes to `rank` or a less popular row (the survival function)."""
-        power = 1.0 - self.exponent[table]
-        end = (self.rows[table] + self.shift[table]) ** power
-        return float(((rank + self.shift[table]) ** power - end) / (self.shift[table] ** power - end))
 
 
 @dataclass(frozen=True)
@@ -129,10 +84,7 @@ class CriteoShape:
 
     def rows(self, scale: float) -> npt.NDArray[np.int64]:
         """Rows per table at `scale`, int64 [F]: published rows times scale, but see `KEEP_ROWS`; never above published."""
-        published = np.asarray(self.published_rows, dtype=np.int64)
-        scaled = np.maximum(np.rint(published * scale).astype(np.int64), KEEP_ROWS)
-        rows: npt.NDArray[np.int64] = np.minimum(published, scaled)
-        return rows
+        return scaled_rows(self.published_rows, scale)
 
     def popularity(self, scale: float) -> PopularityLaw:
         """The law of every table at `scale`: a table's exponent follows from its rows, spread over +-15 % of (exponent - 1)."""

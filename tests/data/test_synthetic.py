@@ -17,9 +17,11 @@ from fae_torchrec.core.input_sample import InputSample
 from fae_torchrec.core.popularity import PopularityProfile
 from fae_torchrec.core.tables import TableSet, TableSpec
 from fae_torchrec.data.calibrator import Calibrator
-from fae_torchrec.data.criteo_shape import KEEP_ROWS, SHAPES
+from fae_torchrec.data.criteo_shape import SHAPES
+from fae_torchrec.data.generated_source import BLOCK_SAMPLES
 from fae_torchrec.data.planted_model import PlantedModel
-from fae_torchrec.data.synthetic import BLOCK_SAMPLES, SyntheticCriteo, _affine_permutations
+from fae_torchrec.data.popularity_law import KEEP_ROWS, affine_permutations
+from fae_torchrec.data.synthetic import SyntheticCriteo
 
 COUNTED, FRESH = 500_000, 100_000
 SMALL = SyntheticCriteo("kaggle", scale=0.01, num_samples=5_003, seed=3)
@@ -175,7 +177,7 @@ def test_coupling_leaves_every_table_its_law(coupled: bool) -> None:
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 5_000), seed=st.integers(0, 1_000))
 def test_ranks_map_to_ids_one_to_one(rows: int, seed: int) -> None:
-    step, offset = _affine_permutations(np.array([rows]), np.random.SeedSequence(seed))
+    step, offset = affine_permutations(np.array([rows]), np.random.SeedSequence(seed))
     ids = (np.arange(rows) * step[0] + offset[0]) % rows
     np.testing.assert_array_equal(np.sort(ids), np.arange(rows))
 
@@ -233,7 +235,7 @@ def test_bad_arguments_are_named(options: dict[str, object], says: str) -> None:
 
 
 def test_shards_are_the_samples_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fae_torchrec.data.synthetic.SHARD_SAMPLES", 2 * BLOCK_SAMPLES)
+    monkeypatch.setattr("fae_torchrec.data.generated_source.SHARD_SAMPLES", 2 * BLOCK_SAMPLES)
     source = SyntheticCriteo("kaggle", scale=0.01, num_samples=10_000, seed=3)
     assert (source.num_shards, source.shard_sizes().tolist(), source.size_hint()) == (3, [4_096, 4_096, 1_808], 10_000)
     shards = [batch for shard in range(3) for batch in source.read_shard(shard)]
