@@ -15,6 +15,8 @@ DEMO_OUTPUT ?= runs/demo
 # For example: make demo FAE_ARGS="--ranks 1 --set train.steps=20"; make test PYTEST_ARGS="tests/core -x"
 FAE_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run tests, each in one thread; a file's tests stay in one process. 0: none beside pytest's own, as a debugger needs it.
+WORKERS ?= 2
 
 .PHONY: demo test cluster lint env clean
 
@@ -23,7 +25,7 @@ demo: $(STAMP) ## profile, place, train hot/cold and compare with stock TorchRec
 	@echo "report: $(abspath $(DEMO_OUTPUT))/report.html (pictures) and report.json (every figure)"
 
 test: $(STAMP) ## the whole suite
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 cluster: $(STAMP) ## jobs on a Slurm cluster that is set up for them; takes Debian's packages slurm-wlm and munge
 	$(VENV)/bin/python -m pytest -m cluster tests/cluster $(PYTEST_ARGS)

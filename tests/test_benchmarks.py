@@ -24,10 +24,20 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+def _of_its_own_network() -> list[str]:
+    """What gives a command a loopback interface of its own; nothing where the system does not let us."""
+    prefix = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    try:
+        return prefix if subprocess.run([*prefix, "true"], capture_output=True, timeout=20, check=False).returncode == 0 else []
+    except OSError:
+        return []
+
+
 def test_sharded_step_runs(tmp_path: Path) -> None:
     script, written = ROOT / "benchmarks" / "sharded_step.py", tmp_path / "out.json"
-    command = [sys.executable, str(script), "--quick", "--ranks", "2", "--json", str(written)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    alone = _of_its_own_network()
+    command = [*alone, sys.executable, str(script), "--quick", "--ranks", "2", "--json", str(written)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"GLOO_SOCKET_IFNAME": "lo"} if alone else {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(written.read_text())
@@ -39,15 +49,18 @@ def test_sharded_step_runs(tmp_path: Path) -> None:
     for kind, cold_rows in run["batches"].items():
         assert (cold_rows["cold_rows_per_sample"] == 0) == (kind == "hot")
         assert cold_rows["cold_rows_per_sample"] >= (1 if kind == "cold" else 0), "each cold sample has a cold id"
-        # Payload and wire agree: TCP adds a few per cent. Foreign traffic could only add to the wire.
+        # Payload and wire agree: TCP adds a few per cent. Tests beside this one could only add to the wire.
         for found in run["bytes"][kind].values():
-            assert 1 <= min(np.divide(found["loopback"], found["collectives"])) <= 1.2
+            assert 1 <= min(np.divide(found["loopback"], found["collectives"])) <= (1.2 if alone else np.inf)
         # 2 ranks x 256 samples x 13 tables of the other rank: pooled rows and their gradients of 16 floats, an id and a length (int32).
         expected = 2 * 256 * 13 * (2 * 16 * 4 + 8 + 4)
         assert run["bytes"][kind]["stock"]["collectives"] == pytest.approx(3 * [expected], rel=0.01)
         assert len(run["step"][kind]["stock_s"]) == len(run["embedding"][kind]["fae_s"]) == record["options"]["pairs"]
     (summary,) = record["summary"]
-    assert summary["bytes"]["hot"]["ratio"] < summary["bytes"]["mixed"]["ratio"] < 1
+    ours, stock = ({kind: sum(run["bytes"][kind][who]["collectives"]) for kind in ("hot", "mixed")} for who in ("fae", "stock"))
+    assert ours["hot"] < ours["mixed"] < min(stock.values())
+    if alone:
+        assert summary["bytes"]["hot"]["ratio"] < summary["bytes"]["mixed"]["ratio"] < 1
     assert summary["loss_difference"] < 1e-4, "both trained alike"
     memory, placed = summary["memory"], record["placement"]
     assert memory["planned"] == {"hot rows": placed["hot_bytes"], "index": 4 * placed["rows"]}
