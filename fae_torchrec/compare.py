@@ -27,7 +27,7 @@ from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.doctor import collect
 from fae_torchrec.experiment import check_run, experiment_tables, placed_tables, run_placement
 from fae_torchrec.experiment_data import ExperimentData, open_data
-from fae_torchrec.experiment_model import experiment_model
+from fae_torchrec.experiment_model import check_model, experiment_model
 from fae_torchrec.experiment_placement import make_placement, settle_hot_set
 from fae_torchrec.experiment_profile import make_profile
 from fae_torchrec.report_parts import describe_environment, describe_profile
@@ -63,6 +63,7 @@ def compare(config: RunConfig, command: Sequence[str], *, show_progress: bool = 
     for name in config.compare.placements:
         stock_baseline(name, config.train.device)
     data = open_data(config)
+    check_model(config, data)
     tables = placed_tables(config, data)
     profile = make_profile(config, data, tables, show_progress=show_progress)
     config, hot_set = settle_hot_set(config, data, profile, config.compare.ranks)

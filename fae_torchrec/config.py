@@ -15,16 +15,27 @@ from fae_torchrec.core.tables import Optimizer
 from fae_torchrec.data_config import DATA_PATHS, DataConfig
 from fae_torchrec.schema import merge, read_mapping, read_override, read_section, within
 
-_PATHS = (*DATA_PATHS, "profile.path", "placement.path", "loader.store")
+_PATHS = (*DATA_PATHS, "profile.path", "placement.path", "loader.store", "model.factory")
 """Keys whose relative paths are relative to the config file. What a run writes (`output`, `checkpoint.folder`, `train.tensorboard`) is
 relative to the current folder."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model: TorchRec's DLRM; layer sizes are widths, the last of `dense_arch` is `embedding_dim`, `over_arch` ends in 1."""
+    """The model: TorchRec's DLRM, or what a function of your own makes.
+
+    Attributes:
+        arch: of the model that is built where no factory is named.
+        factory: "path/to/file.py:function" or "package.module:function", which makes the train module from a ModelSpec; null builds `arch`.
+        options: any values, handed to the factory.
+        embedding_dim: columns of the tables.
+        dense_arch: widths of the dense MLP; of DLRM the last is `embedding_dim`. A factory is given them as they are.
+        over_arch: widths of the MLP over the interactions; of DLRM the last is 1. A factory is given them as they are.
+    """
 
     arch: Literal["dlrm"] = "dlrm"
+    factory: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     embedding_dim: int = within(16, 4)
     dense_arch: tuple[int, ...] = within((512, 256, 64, 16), 1)
     over_arch: tuple[int, ...] = within((512, 256, 1), 1)
@@ -34,6 +45,19 @@ class ModelConfig:
             raise ConfigError(
                 f"model.embedding_dim: received {self.embedding_dim}; FBGEMM's fused kernels need a multiple of 4, such as "
                 f"{self.embedding_dim + -self.embedding_dim % 4}"
+            )
+        if self.factory is not None:
+            where, _, function = self.factory.rpartition(":")
+            if not where or not function.isidentifier():
+                raise ConfigError(f"model.factory: received {self.factory!r}; give path/to/file.py:function or package.module:function")
+            try:
+                json.dumps(self.options)
+            except TypeError as error:
+                raise ConfigError(f"model.options: received {dict(self.options)}; {error}; take plain values") from None
+            return
+        if self.options:
+            raise ConfigError(
+                f"model.options: received {dict(self.options)} without a model.factory, which they are for; name one, or leave them out"
             )
         if not self.dense_arch or self.dense_arch[-1] != self.embedding_dim:
             raise ConfigError(
@@ -356,7 +380,7 @@ def _resolve(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         section: Any = values
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and name in section:
+        if isinstance(section, dict) and name in section and not (key == "model.factory" and ".py:" not in str(section[name])):
             section[name] = _absolute(section[name], folder)
     return values
 

@@ -24,6 +24,7 @@ from fae_torchrec.distributed.split_ahead import SplitAhead
 from fae_torchrec.experiment_data import ExperimentData, open_data
 from fae_torchrec.experiment_loader import agreement, audit_loader, train_loader
 from fae_torchrec.experiment_measures import memory_entry, start_logloss, work_entry, write_scores
+from fae_torchrec.experiment_model import check_model
 from fae_torchrec.experiment_model import experiment_model as experiment_model
 from fae_torchrec.experiment_model import experiment_tables as experiment_tables
 from fae_torchrec.experiment_model import placed_tables as placed_tables
@@ -106,6 +107,7 @@ def prepare(
     _check_folders(config, load, save)
     data = open_data(config)
     config, placement = settle_rows(config, data, [ranks], show_progress=show_progress)
+    check_model(config, data)
     check_run(config, data, placement, [name], ranks)
     return config, placement
 

@@ -58,7 +58,7 @@ def open_data(config: RunConfig) -> ExperimentData:
     if data.synthetic is not None:
         return _synthetic(data)
     opened = _coded_parquet(data) if data.parquet is not None and data.parquet.cardinalities is not None else _raw(data)
-    if not opened.train.num_dense:
+    if not opened.train.num_dense and config.model.factory is None:
         raise ConfigError(f"data.{data.source}.dense: received no columns; the dlrm model needs at least one dense column")
     return opened
 

@@ -17,7 +17,7 @@ import yaml
 from fae_torchrec.core.errors import ConfigError
 
 _T = TypeVar("_T")
-_SAID: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_SAID: dict[Any, str] = {Any: "a value", bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -89,8 +89,9 @@ def read_section(section: type[_T], values: Any, key: str = "") -> _T:
     """Reads one mapping into its dataclass.
 
     Args:
-        section: a dataclass whose fields are int, float, str, bool, Literal, Enum, a dataclass, `tuple[x, ...]`, `Mapping[str, x]` or any
-            of these `| None`. A field's metadata may hold a range (`within`) or `read`, which turns the given value into plain values.
+        section: a dataclass whose fields are int, float, str, bool, Literal, Enum, a dataclass, `tuple[x, ...]`, `Mapping[str, x]` (with
+            Any: what the file has) or any of these `| None`. A field's metadata may hold a range (`within`) or `read`, which turns the
+            given value into plain values.
         values: the mapping.
         key: its dotted key, for messages.
 
@@ -154,6 +155,8 @@ def _join(key: str, name: Any) -> str:
 
 def _value(hint: Any, value: Any, key: str) -> Any:
     """Reads one value as the type that the dataclass declares."""
+    if hint is Any:
+        return value
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

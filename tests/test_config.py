@@ -67,6 +67,16 @@ def test_the_cache_of_cold_rows(tmp_path: Path) -> None:
         assert config.placement.cold_cache_bytes == expected
 
 
+def test_a_factory_is_relative_to_the_config_and_a_module_is_not(tmp_path: Path) -> None:
+    path = write(tmp_path, SYNTHETIC + "model: {factory: '../mine.py:build', options: {history: 3, widths: [4, 5]}, over_arch: [7]}\n")
+    model = load_config(path, ["model.options.history=4"]).model
+    assert model.factory == f"{tmp_path / '../mine.py'}:build" and model.options == {"history": 4, "widths": [4, 5]}
+    assert load_config(path, ["model.factory=mine.models:build"]).model.factory == "mine.models:build"
+    assert load_config(path, ["model.factory=mine.py:build"]).model.factory == f"{Path.cwd() / 'mine.py'}:build"
+    config = load_config(path)
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
 def test_json_says_the_same(tmp_path: Path) -> None:
     values = {"data": {"synthetic": {"dataset": "kaggle", "scale": 0.5}}}
     assert load_config(write(tmp_path, json.dumps(values, indent="\t"), "run.json")) == load_config(write(tmp_path, SYNTHETIC))
@@ -132,6 +142,11 @@ def test_json_says_the_same(tmp_path: Path) -> None:
         (SYNTHETIC + "placement: {check_replicas: -1}\n", ["placement.check_replicas", "-1", "at least 0"]),
         (SYNTHETIC + "model: {embedding_dim: 32}\n", ["model.dense_arch", "[512, 256, 64, 16]", "model.embedding_dim (32)"]),
         (SYNTHETIC + "model: {embedding_dim: 18, dense_arch: [18]}\n", ["model.embedding_dim", "18", "multiple of 4", "20"]),
+        (SYNTHETIC + "model: {factory: mine.py}\n", ["model.factory", "'", "path/to/file.py:function"]),
+        (SYNTHETIC + "model: {factory: 'mine.py:'}\n", ["model.factory", "path/to/file.py:function"]),
+        (SYNTHETIC + "model: {options: {history: 3}}\n", ["model.options", "{'history': 3}", "model.factory"]),
+        (SYNTHETIC + "model: {factory: 'a:b', options: {day: 2026-01-01}}\n", ["model.options", "JSON serializable"]),
+        (SYNTHETIC + "model: {factory: 'a:b', options: 3}\n", ["model.options", "a mapping of names"]),
         (SYNTHETIC + "model: {over_arch: [8, 2]}\n", ["model.over_arch", "[8, 2]", "must be 1"]),
         (SYNTHETIC + "model: {dense_arch: [0, 16]}\n", ["model.dense_arch", "0", "at least 1"]),
         ("train: {epochs: 1}\n", ["missing key 'data'"]),

@@ -149,6 +149,7 @@ class CostModel:
         self._rows_bytes = np.array([table.row_bytes for table in job.tables], dtype=np.float64)
         self._dims = np.array([table.dim for table in job.tables], dtype=np.float64)
         self._features = np.array([len(table.feature_names) for table in job.tables], dtype=np.float64)
+        self._pooled = np.array([table.pooled for table in job.tables])
         self._lookups = np.array([curve.lookups for curve in access.curves])
         everything = [curve.mass for curve in access.curves]
         #: distinct rows of each table in a step's samples of all ranks
@@ -165,12 +166,12 @@ class CostModel:
         job, ranks = self.job, self.job.ranks
         lookups = job.batch_size * self._lookups
         touched = self._distinct / ranks
-        pooled = 4 * job.batch_size * float(self._features @ self._dims)
-        work = self._dense().plus(tiers=1.0, **self._exchange(self._features, ids=float(lookups.sum())))
+        given = self._given_bytes(job.batch_size * self._features, lookups)
+        work = self._dense().plus(tiers=1.0, **self._exchange(self._features, lookups))
         if placement == "host" and self.hardware.device == "cuda":
-            work = work.plus(link_bytes=2 * pooled, fast_bytes=2 * pooled)
+            work = work.plus(link_bytes=2 * given, fast_bytes=2 * given)
             return work.plus(**self._lookup("host", lookups, touched))
-        work = work.plus(fast_bytes=2 * pooled)
+        work = work.plus(fast_bytes=2 * given)
         if placement in ("hbm", "host") or self.hardware.device == "cpu":
             return work.plus(**self._lookup("fast", lookups, touched))
         if placement in ("uvm", "by_table"):
@@ -207,30 +208,29 @@ class CostModel:
         hot_mass, cold_mass = self._tier_masses(share, kind)
         lookups = job.batch_size * self._lookups * np.array([float(of_table.sum()) for of_table in hot_mass])
         own, union = (self._distinct_rows(hot_mass, samples, share.hot) for samples in (job.batch_size, job.batch_size * ranks))
-        pooled = 4 * job.batch_size * float(self._features @ self._dims)
+        given = self._given_bytes(job.batch_size * self._features, lookups)
         if hot_tier != "replicated":
             parts = ranks if hot_tier == "row_wise" else 1  # by row every rank has a part of every bag
-            updated, more = union / ranks, self._exchange(self._features, ids=float(lookups.sum()), parts=parts)
+            updated, more = union / ranks, self._exchange(self._features, lookups, parts=parts)
         else:
             updated, more = self._hot_exchange(own, union)
-        work = self._dense().plus(tiers=1.0, fast_bytes=2 * pooled).plus(**self._lookup("fast", lookups, updated)).plus(**more)
+        work = self._dense().plus(tiers=1.0, fast_bytes=2 * given).plus(**self._lookup("fast", lookups, updated)).plus(**more)
         if not split_ahead:
             work = work.plus(split_ids=job.batch_size * float(self._lookups.sum()))
         if kind == "hot":
             return work
         cold = job.batch_size * self._lookups * np.array([float(of_table.sum()) for of_table in cold_mass])
         touched = self._distinct_rows(cold_mass, job.batch_size * ranks, [1 - part for part in share.hot]) / ranks
-        has_cold = np.array([float((part < 1).any()) for part in share.hot])
-        bags = self._packed_bags(cold_mass)
-        work = work.plus(tiers=1.0, **self._exchange(self._features * has_cold, ids=float(cold.sum()), bags=bags))
-        pooled = 4 * bags * float((self._features * self._dims) @ has_cold)
+        features, bags = self._features * [float((part < 1).any()) for part in share.hot], self._packed_bags(cold_mass)
+        work = work.plus(tiers=1.0, **self._exchange(features, cold, bags))
+        given = self._given_bytes(bags * features, cold)
         if self.hardware.device == "cpu":
-            return work.plus(fast_bytes=2 * pooled).plus(**self._lookup("host", cold, touched))
+            return work.plus(fast_bytes=2 * given).plus(**self._lookup("host", cold, touched))
         if cold_tier == "host":
-            return work.plus(link_bytes=2 * pooled, fast_bytes=2 * pooled).plus(**self._lookup("host", cold, touched))
+            return work.plus(link_bytes=2 * given, fast_bytes=2 * given).plus(**self._lookup("host", cold, touched))
         cached = float(cold.sum()) if cold_tier == "uvm_caching" else 0.0
         brought = float(touched @ self._link_bytes(2.0))  # once in, once back, whoever brings them
-        work = work.plus(fast_bytes=2 * pooled, link_bytes=brought, cache_ids=cached)
+        work = work.plus(fast_bytes=2 * given, link_bytes=brought, cache_ids=cached)
         return work.plus(**self._lookup("fast", cold, touched))
 
     def epoch(self, share: HotShare, cold_tier: str, *, split_ahead: bool, hot_tier: HotTier = "replicated") -> Work:
@@ -287,29 +287,32 @@ class CostModel:
         gradients = self._links.reduced(4 * self.job.dense_parameters) if self.job.ranks > 1 else {}
         return Work(flops=6 * self.job.dense_macs * self.job.batch_size).plus(**gradients)
 
-    def _packed_bags(self, cold_mass: Sequence[Floats]) -> float:
-        """Bags of each feature that the cold tier is given: those with a cold id are packed, and the feature with most decides for all."""
+    def _given_bytes(self, bags: Floats, ids: Floats) -> float:
+        """Bytes of what the tables give (fp32): a row for each bag, or unpooled for each id; both by table."""
+        return 4 * float(np.where(self._pooled, bags, ids) @ self._dims)
+
+    def _packed_bags(self, cold_mass: Sequence[Floats]) -> Floats:
+        """Bags of each feature that the cold tier is given, by table: pooled ones with a cold id, where the feature with most decides."""
         each = self._lookups / self._features  # ids of a bag
         chance = np.array([float(of_table.sum()) for of_table in cold_mass])
         with_cold = np.where(each > 1, 1 - (1 - np.minimum(chance, 1.0)) ** each, each * chance)
-        return self.job.batch_size * float(with_cold.max())
+        return self.job.batch_size * np.where(self._pooled, with_cold.max(where=self._pooled, initial=0.0), 1.0)
 
-    def _exchange(self, features: Floats, ids: float, bags: float | None = None, parts: int = 1) -> dict[str, float]:
-        """The input dist of ids and lengths, and pooled rows and their gradients, all to all.
+    def _exchange(self, features: Floats, ids: Floats, bags: float | Floats | None = None, parts: int = 1) -> dict[str, float]:
+        """The input dist of ids and lengths, and the rows that are given and their gradients, all to all.
 
         Args:
             features: of each table.
-            ids: of all of them.
+            ids: of each table.
             bags: of each feature; a sample's each if it is not given.
             parts: rows that are sent for each bag.
         """
         if self.job.ranks == 1 or not features.any():
             return {}
         size = self.job.batch_size if bags is None else bags
-        inputs = _ID_BYTES * ids + _LENGTH_BYTES * size * float(features.sum())
-        pooled = 4 * size * float(features @ self._dims)
+        inputs = _ID_BYTES * float(ids.sum()) + _LENGTH_BYTES * float((size * features).sum())
         others = (self.job.ranks - 1) / self.job.ranks
-        sent = self._links.to_others((inputs + 2 * parts * pooled) * others)
+        sent = self._links.to_others((inputs + 2 * self._given_bytes(parts * size * features, ids)) * others)
         return {**sent, "collectives": sent["collectives"] + 4}
 
     def _hot_exchange(self, own: Floats, union: Floats) -> tuple[Floats, dict[str, float]]:

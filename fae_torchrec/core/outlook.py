@@ -38,7 +38,7 @@ PARTS: Mapping[str, str] = {
 _HEADROOM = 0.15  # of fast memory, for what the allocator and the driver keep
 _HOST_SHARE = 0.9
 _DENSE_COPIES = 3  # weights, gradients and optimizer state
-_ACTIVATIONS = 4  # pooled rows, their gradient and two buffers of collectives
+_ACTIVATIONS = 4  # what the tables give, their gradient and two buffers of collectives
 _SAME = 1.01  # times the fastest option's time that is no difference
 _PAYS = 1.05  # times as fast as the best stock placement, from which FAE is advised
 _ALIKE = 0.7  # of what whole tables of the same bytes leave cold, what hot rows leave cold: above it nothing is popular in a table
@@ -232,9 +232,10 @@ def _lookups_of(model: CostModel, shares: Floats) -> float:
 
 def _option(model: CostModel, placement: Any, budget: int, work: Work, host_bytes: float, **more: float) -> Option:
     job, hardware = model.job, model.hardware
-    pooled = 4 * job.batch_size * sum(table.dim * len(table.feature_names) for table in job.tables)
+    tables_and_curves = zip(job.tables, model.access.curves, strict=True)
+    columns = sum(table.dim * (len(table.feature_names) if table.pooled else curve.lookups) for table, curve in tables_and_curves)
     tables = model.fast_bytes("fae" if placement == "fae_sharded" else placement, budget, fae_cold_tier(model))
-    fast = tables + 4 * _DENSE_COPIES * job.dense_parameters + _ACTIVATIONS * pooled
+    fast = tables + 4 * _DENSE_COPIES * job.dense_parameters + _ACTIVATIONS * 4 * job.batch_size * columns
     refused = ""
     if fast > (1 - _HEADROOM) * hardware.fast_bytes:
         refused = f"takes {_gib(fast)} of fast memory per rank, {_gib((1 - _HEADROOM) * hardware.fast_bytes)} can be used"

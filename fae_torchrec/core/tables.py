@@ -43,12 +43,13 @@ class TableSpec:
     """One embedding table as far as its size matters.
 
     Attributes:
-        name: the table's name in the EmbeddingBagCollection.
+        name: the table's name in its collection.
         rows: number of rows (`num_embeddings`).
         dim: weights per row (`embedding_dim`).
         feature_names: features that look up this table.
         dtype: "fp32", "fp16" or "bf16".
         optimizer: the fused optimizer, whose state is kept beside the weights.
+        pooled: whether a sample is given one row for each bag (EmbeddingBagCollection) or one for each id (EmbeddingCollection).
     """
 
     name: str
@@ -57,6 +58,7 @@ class TableSpec:
     feature_names: tuple[str, ...]
     dtype: str = "fp32"
     optimizer: Optimizer = Optimizer.ROWWISE_ADAGRAD
+    pooled: bool = True
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.dim < 1:
@@ -147,8 +149,15 @@ class TableSet:
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The tables as plain values, read back by `from_json`."""
-        return [{**asdict(table), "optimizer": table.optimizer.value, "feature_names": list(table.feature_names)} for table in self.tables]
+        """The tables as plain values, read back by `from_json`; "pooled" is left out where it is true, as in older files."""
+        return [
+            {
+                **{key: value for key, value in asdict(table).items() if (key, value) != ("pooled", True)},
+                "optimizer": table.optimizer.value,
+                "feature_names": list(table.feature_names),
+            }
+            for table in self.tables
+        ]
 
     @classmethod
     def from_json(cls, values: list[dict[str, Any]]) -> TableSet:

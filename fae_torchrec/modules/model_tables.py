@@ -108,7 +108,8 @@ def table_weights(collection: nn.Module) -> Mapping[str, nn.Parameter]:
 def table_specs(collection: nn.Module, optimizer: Optimizer, leave: Collection[str] = ()) -> list[TableSpec]:
     """The tables of one collection; arguments and errors as `model_tables`."""
     weights = table_weights(collection)
-    return [_spec(config, weights[config.name], optimizer) for config in table_configs(collection) if config.name not in leave]
+    pooled = isinstance(collection, EmbeddingBagCollection)
+    return [_spec(config, weights[config.name], optimizer, pooled) for config in table_configs(collection) if config.name not in leave]
 
 
 def optimizer_mark(weight: nn.Parameter) -> type | None:
@@ -117,7 +118,7 @@ def optimizer_mark(weight: nn.Parameter) -> type | None:
     return next(iter(getattr(weight, "_optimizer_classes", [])), None)
 
 
-def _spec(config: TableConfig, weight: nn.Parameter, optimizer: Optimizer) -> TableSpec:
+def _spec(config: TableConfig, weight: nn.Parameter, optimizer: Optimizer, pooled: bool) -> TableSpec:
     if config.data_type not in DTYPES:
         raise ConfigError(
             f"table {config.name!r} has data type {config.data_type.name}; hot/cold tables may have {[dtype.name for dtype in DTYPES]}; "
@@ -136,4 +137,5 @@ def _spec(config: TableConfig, weight: nn.Parameter, optimizer: Optimizer) -> Ta
         feature_names=tuple(config.feature_names),
         dtype=DTYPES[config.data_type],
         optimizer=optimizer if mark is None else OPTIMIZERS[mark.__name__],
+        pooled=pooled,
     )

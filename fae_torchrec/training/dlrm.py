@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim import RowWiseAdagrad
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.tables import Optimizer
+from fae_torchrec.training.model_spec import ModelSpec, build_model
 
-_OPTIMIZERS: Mapping[Optimizer, type[torch.optim.Optimizer]] = {
-    Optimizer.SGD: torch.optim.SGD,
-    Optimizer.ADAGRAD: torch.optim.Adagrad,
-    Optimizer.ROWWISE_ADAGRAD: RowWiseAdagrad,
-    Optimizer.ADAM: torch.optim.Adam,
-}
+
+def dlrm(spec: ModelSpec) -> DLRMTrain:
+    """The model factory of a DLRM with its training loss, one table `t_<feature>` per feature.
+
+    Args:
+        spec: num_dense at least 1; `dense_arch` ends in `embedding_dim`, `over_arch` has at least two widths and ends in 1.
+
+    Raises:
+        ConfigError: the over MLP has fewer than two layers, which TorchRec's DLRM refuses.
+    """
+    if len(spec.over_arch) < 2:
+        raise ConfigError(f"over_arch: received {list(spec.over_arch)}; DLRM needs at least two layers, such as [64, 1]")
+    tables = [
+        EmbeddingBagConfig(name=f"t_{feature}", num_embeddings=count, embedding_dim=spec.embedding_dim, feature_names=[feature])
+        for feature, count in spec.rows.items()
+    ]
+    model = DLRM(
+        embedding_bag_collection=EmbeddingBagCollection(tables=tables, device=spec.device),
+        dense_in_features=spec.num_dense,
+        dense_arch_layer_sizes=list(spec.dense_arch),
+        over_arch_layer_sizes=list(spec.over_arch),
+    )
+    return DLRMTrain(model)
 
 
 def build_dlrm(
@@ -33,34 +50,6 @@ def build_dlrm(
     seed: int,
     device: torch.device | None = None,
 ) -> DLRMTrain:
-    """Builds a DLRM with its training loss, one table `t_<feature>` per feature, fused optimizers marked.
-
-    Args:
-        rows: feature -> rows of its table, in the order of the features.
-        num_dense: dense columns, at least 1.
-        embedding_dim: columns of every table.
-        dense_arch: widths of the dense MLP; the last is `embedding_dim`.
-        over_arch: widths of the over MLP, at least two; the last is 1.
-        optimizer: fused into the tables' backward.
-        learning_rate: of the tables.
-        seed: of all weights.
-        device: where the unsharded tables lie; "meta" to plan without memory.
-
-    Raises:
-        ConfigError: the over MLP has fewer than two layers, which TorchRec's DLRM refuses.
-    """
-    if len(over_arch) < 2:
-        raise ConfigError(f"over_arch: received {list(over_arch)}; DLRM needs at least two layers, such as [64, 1]")
-    torch.manual_seed(seed)
-    tables = [
-        EmbeddingBagConfig(name=f"t_{feature}", num_embeddings=count, embedding_dim=embedding_dim, feature_names=[feature])
-        for feature, count in rows.items()
-    ]
-    model = DLRM(
-        embedding_bag_collection=EmbeddingBagCollection(tables=tables, device=device or torch.device("cpu")),
-        dense_in_features=num_dense,
-        dense_arch_layer_sizes=list(dense_arch),
-        over_arch_layer_sizes=list(over_arch),
-    )
-    apply_optimizer_in_backward(_OPTIMIZERS[optimizer], model.sparse_arch.parameters(), {"lr": learning_rate})
-    return DLRMTrain(model)
+    """Builds that DLRM with its tables marked; arguments and errors as of `ModelSpec` and `build_model`."""
+    spec = ModelSpec(rows, num_dense, embedding_dim, tuple(dense_arch), tuple(over_arch), device=device or torch.device("cpu"))
+    return cast(DLRMTrain, build_model(dlrm, spec, optimizer, learning_rate, seed))

@@ -1,4 +1,4 @@
-"""From an unsharded DLRM to a sharded one with its optimizer: by the stock planner, or by ours where a placement is given."""
+"""From an unsharded model to a sharded one with its optimizer: by the stock planner, or by ours where a placement is given."""
 
 from __future__ import annotations
 

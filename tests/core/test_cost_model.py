@@ -129,6 +129,25 @@ def test_sharded_hot_rows_travel_as_stock_rows_do() -> None:
     assert work == model.stock("hbm")
 
 
+def test_unpooled_rows_travel_once_for_every_id() -> None:
+    """Two ids of b in a sample are two rows where they are not pooled, of one bag."""
+    unpooled = TableSet(tuple(replace(table, pooled=False) for table in TABLES))
+    access = AccessModel(unpooled, CURVES, Independent(), "by hand")
+    pooled, rows = (_model(2, access=each).stock("hbm") for each in (ACCESS, access))
+    ids, lengths = 8 * 3 * 3, 4 * 3 * 2
+    assert rows.sent_bytes == pytest.approx((ids + lengths + 2 * 4 * 3 * (4 + 2 * 2)) / 2 + 40)
+    assert rows.sent_bytes - pooled.sent_bytes == pytest.approx(2 * 4 * 3 * 2 / 2)
+    assert rows.fast_bytes - pooled.fast_bytes == pytest.approx(2 * 4 * 3 * 2)
+    share = _all_hot(_model(2))
+    by_row = [_model(2, access=each).fae(share, "hot", "uvm", split_ahead=True, hot_tier="row_wise") for each in (ACCESS, access)]
+    assert by_row[0].sent_bytes == pytest.approx((ids + lengths + 2 * 2 * 4 * 3 * (4 + 2)) / 2 + 40), "two ranks' parts of a bag"
+    assert by_row[1].sent_bytes == pytest.approx(rows.sent_bytes), "a row lies on one rank"
+    # Of half of a that is cold, all of its lengths and one row an id; see the pooled form below.
+    cold = _model(2, access=access).fae(_half_hot(_model(2)), "cold", "uvm_caching", split_ahead=True)
+    own_b = _distinct(10, 6)
+    assert cold.sent_bytes == pytest.approx(40 + (4 * own_b + 24) + 4 * 2 * own_b + (8 * 3 + 4 * 3 + 2 * 4 * 3 * 4) / 2)
+
+
 def test_hot_and_cold_batches_of_a_partly_hot_table_by_hand() -> None:
     """Half of a's rows are hot: hot samples look up those alone, cold samples the others alone."""
     model = _model(1, batch_size=400)

@@ -43,7 +43,7 @@ def test_every_collection_in_order() -> None:
     tables = model_tables(nn.ModuleDict(parts), Optimizer.ROWWISE_ADAGRAD)
     assert tables.names == ("b", "a", "d", "c")
     assert tables["a"] == TableSpec("a", 4, 4, ("fa", "shared"), "fp32", Optimizer.ROWWISE_ADAGRAD)
-    assert tables["d"] == TableSpec("d", 5, 4, ("fd",), "fp32", Optimizer.ROWWISE_ADAGRAD)
+    assert tables["d"] == TableSpec("d", 5, 4, ("fd",), "fp32", Optimizer.ROWWISE_ADAGRAD, pooled=False)
     assert tables["c"].dtype == "fp16"
 
 
