@@ -266,8 +266,8 @@ def check_fits(source: str, given: Mapping[str, Sequence[int] | None], wanted: M
         more = f"; and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
         raise StateError(
             f"{source} does not fit this model: {'; '.join(faults[:_TOLD])}{more}. Nothing was loaded. Load it into the model and the "
-            "optimizer it was saved from, rename what was renamed, or give optimizer=None to load the weights alone (an optimizer that "
-            "makes its state at the first step, as a dense Adam does, must have taken one)"
+            "optimizer it was saved from, rename what was renamed, or give optimizer=None to load the weights alone. An optimizer that "
+            "makes its state at the first step, as a dense Adam does, must have it before: call its init_state()"
         )
 
 
