@@ -270,11 +270,13 @@ def run_compare_script(arguments: Namespace) -> int:
 
 def _told(report: Mapping[str, Any]) -> list[str]:
     """What a comparison says beside its figures."""
+    from fae_torchrec.training.report_shares import shares_lines
     from fae_torchrec.training.report_verdicts import verdicts
 
     lines = [f"NOT COMPARABLE: {text}" for text in report["not_comparable"]]
     lines += [f"{name}{rest}" for name, rest in verdicts(report)]
-    return [*lines, *report["notes"], ""] if lines or report["notes"] else []
+    lines += [*report["notes"], *shares_lines(report)]
+    return [*lines, ""] if lines else []
 
 
 def _print(arguments: Namespace, lines: Sequence[str], as_json: str) -> None:

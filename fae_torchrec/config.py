@@ -272,6 +272,7 @@ class CompareConfig:
             "stock" put all tables in one place, on CUDA ("stock-host": on a CPU).
         ranks: numbers of ranks.
         count_batches: batches that are counted for bytes and rows.
+        profile_steps: steps of every kind whose time is sorted into categories, after everything that is timed or scored; 0: none.
         repeats: how often each is run, in turns, in another order each time; figures are medians.
         vary_seed: each repeat starts from other weights (`train.seed`, one more, ...), all of its placements from the same.
         allow_unequal: reports runs that did not do the same work, marked as not comparable, instead of ending in an error.
@@ -284,6 +285,7 @@ class CompareConfig:
     ] = ("stock", "fae", "fae-unsegregated")
     ranks: tuple[int, ...] = within((1, 2), 1)
     count_batches: int = within(16, 1)
+    profile_steps: int = within(8, 0)
     repeats: int = within(1, 1)
     vary_seed: bool = False
     allow_unequal: bool = False

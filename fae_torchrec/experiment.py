@@ -39,6 +39,7 @@ from fae_torchrec.training.peak_memory import PeakMemory
 from fae_torchrec.training.run_checkpoints import CheckpointOptions
 from fae_torchrec.training.run_entry import run_entry
 from fae_torchrec.training.shard import build_optimizer, fae_planner, shard_model
+from fae_torchrec.training.step_profile import profile_steps
 from fae_torchrec.training.trainer import Trainer, TrainOptions
 from fae_torchrec.training.work import weights_fingerprint
 
@@ -191,6 +192,10 @@ def run_placement(
                 save_checkpoint(save, model, optimizer, extra=about)
         audited = audit_loader(config, data, placement, group, agree, segregates=loader.schedule.segregates)
         kinds = audit(model, optimizer, audited, tables, hot_rows, device, group)
+        if scores_path is not None and config.compare.profile_steps:
+            profiled = audit_loader(config, data, placement, group, agree, segregates=loader.schedule.segregates)
+            profiled.split_ahead = loader.split_ahead
+            more["step_shares"] = profile_steps(trainer.new_pipeline, profiled, config.compare.profile_steps, device, group)
     return {**run_entry(name, group.size(), more["fast_memory"], result, kinds), **more}
 
 

@@ -56,7 +56,7 @@ def train_loader(
 def audit_loader(
     config: RunConfig, data: ExperimentData, placement: RowPlacement, group: dist.ProcessGroup, agree: Agree, *, segregates: bool
 ) -> HotColdDataLoader:
-    """The first `compare.count_batches` train batches, of both kinds where the run had them so."""
+    """The first `compare.count_batches` train batches, of both kinds where the run had them so; for the audit and the profile."""
     size, rank, ranks = config.train.batch_size, group.rank(), group.size()
     return HotColdDataLoader(
         lambda: islice(data.train.batches(size, rank=rank, world_size=ranks), config.compare.count_batches),
@@ -66,5 +66,6 @@ def audit_loader(
         rank=rank,
         world_size=ranks,
         agree=agree,
+        pin_memory=config.loader.pin_memory and config.train.device == "cuda",
         prefetch=0,  # nothing beside what is timed
     )

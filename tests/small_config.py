@@ -40,7 +40,7 @@ def write_run(folder: Path, data: dict[str, Any]) -> Path:
         "profile": {"sample_rate": 0.5},
         "placement": {"budget": "20%", "pinned_max_rows": 100},
         "train": {"batch_size": 32, "eval_batch_size": 64, "swap_eval_batches": 1},
-        "compare": {"placements": ["stock", "fae"], "ranks": [1], "count_batches": 4},
+        "compare": {"placements": ["stock", "fae"], "ranks": [1], "count_batches": 4, "profile_steps": 2},
         "output": str(folder / "out"),
     }
     path = folder / "run.yaml"

@@ -11,6 +11,9 @@ from torchrec.distributed.types import NoOpQuantizedCommCodec, QuantizedCommCode
 from fae_torchrec.distributed.process_group import all_gather_single
 from fae_torchrec.distributed.touched_rows import TouchedRows
 
+EXCHANGES_HOT_GRADIENTS = "## fae: exchange of hot rows' gradients ##"
+"""The range of the exchange in a profiler's trace."""
+
 
 def exchange_compact_gradients(
     own: list[torch.Tensor], touched: TouchedRows, group: dist.ProcessGroup, codec: QuantizedCommCodec | None = None

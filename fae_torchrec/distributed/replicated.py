@@ -15,6 +15,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
+from torch.profiler import record_function
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
@@ -22,7 +23,7 @@ from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodec, Sh
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.streamable import Multistreamable
 
-from fae_torchrec.distributed.compact_gradients import exchange_compact_gradients
+from fae_torchrec.distributed.compact_gradients import EXCHANGES_HOT_GRADIENTS, exchange_compact_gradients
 from fae_torchrec.distributed.homes import LocalTable, local_tables, whole_table
 from fae_torchrec.distributed.replica_check import check_replicas
 from fae_torchrec.distributed.step_count import StepCount
@@ -222,7 +223,8 @@ class ReplicatedHotTier:
         assert self.group is not None and rows.touched is not None
         scale = self.group.size() if get_gradient_division() else 1
         own = [_sum_by_slot(part, how) / scale for part, how in zip(self._part(grad.contiguous(), rows.bags), rows.own, strict=True)]
-        of_all = exchange_compact_gradients(own, rows.touched, self.group, self._codec)
+        with record_function(EXCHANGES_HOT_GRADIENTS):
+            of_all = exchange_compact_gradients(own, rows.touched, self.group, self._codec)
         if self.step_count is not None:
             self.step_count.resume(step)  # the update belongs to the step of its forward
         for kernel, (slots, grads) in zip(self.kernels, of_all, strict=True):

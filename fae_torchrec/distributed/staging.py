@@ -18,11 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 
 from fae_torchrec.core.errors import StagingError
 from fae_torchrec.distributed.homes import LocalTable
 from fae_torchrec.modules.lookups import HotGroup
 from fae_torchrec.modules.tier_split import StagedRows
+
+MOVES_COLD_ROWS = "## fae: cold rows on their way ##"
+"""In a profiler's trace, the range in which rows are brought to a staging area or a cache, and home."""
 
 
 class _Graph:
@@ -234,7 +238,7 @@ class Staging:
                 yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        with torch.no_grad(), torch.cuda.stream(self._stream), record_function(MOVES_COLD_ROWS):
             yield
 
     def _wait_for_stream(self, needed: bool = True) -> None:

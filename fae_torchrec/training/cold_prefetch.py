@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.types import NoWait
 
 from fae_torchrec.core.schedule import Kind
 from fae_torchrec.data.batches import HotColdBatch, HotKeyedJaggedTensor
 from fae_torchrec.distributed.hot_cold_module import ShardedHotColdModule
+from fae_torchrec.distributed.staging import MOVES_COLD_ROWS
 
 
 def kind_of(batch: Any) -> Kind:
@@ -87,7 +89,7 @@ class ColdPrefetch:
         with torch.cuda.stream(dist_stream):  # type: ignore[arg-type]
             features = request.wait()
         self._stream.wait_stream(dist_stream)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), record_function(MOVES_COLD_ROWS):
             for stream in (self._stream, forward_stream):
                 features.record_stream(stream)
                 module_context.record_stream(stream)

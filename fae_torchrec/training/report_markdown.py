@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fae_torchrec.training.report_shares import shares_table
 from fae_torchrec.training.report_table import Column, columns_of, details_of, spread_text
 from fae_torchrec.training.report_verdicts import method_text, said, verdicts
 
@@ -36,6 +37,9 @@ def markdown_report(report: Report) -> str:
     blocks += [_listed(sentences, escape=False)] if sentences else []
     if lines := said(report):
         blocks += ["What the script printed last:", _listed(lines)]
+    shares, steps = shares_table(report)
+    if steps:
+        blocks += ["Where the time of a profiled step goes:", markdown_table(shares, steps, words=(0, 2))]
     blocks += [_listed(report["notes"])] if report.get("notes") else []
     blocks += [method_text(report)]
     blocks += [_listed(_provenance(report), escape=False)]

@@ -11,6 +11,7 @@ from fae_torchrec.training import page
 from fae_torchrec.training.page import Cell
 from fae_torchrec.training.popularity_pictures import MAX_SKEW_TABLES, budget_picture, skew_picture
 from fae_torchrec.training.report_pictures import breakdown_picture, loss_picture, throughput_picture
+from fae_torchrec.training.report_shares import shares_notes, shares_picture, shares_table
 from fae_torchrec.training.report_table import Column, bytes_text, columns_of, count_text, details_of, spread_text
 from fae_torchrec.training.report_verdicts import method_text, said, verdicts
 
@@ -89,6 +90,7 @@ def html_report(report: Report) -> str:
         page.section("Memory, hit rates, links and scores", _comparison(report, details_of(report))),
         page.section("What the script printed last", page.sentences([escape(line) for line in said(report)])),
         page.section("Speed and traffic", traffic + times),
+        page.section("Where a step's time goes", _shares(report)),
         page.section("Learning", losses),
         page.section("Popularity and budget", _popularity(profile, placement)),
         page.section("Placement by table", _placement_table(placement)),
@@ -143,6 +145,18 @@ def _comparison(report: Report, columns: Sequence[Column]) -> str:
         rows.append((cells, "group" if index and run["ranks"] != runs[index - 1]["ranks"] else ""))
     head = [Cell(escape(column.title), column.meaning, column.words) for column in columns]
     return page.table(head, rows) if rows and columns else ""
+
+
+def _shares(report: Report) -> str:
+    head, rows = shares_table(report)
+    if not rows:
+        return ""
+    cells = [([Cell(escape(text), words=at in (0, 2)) for at, text in enumerate(row)], "") for row in rows]
+    table = page.table([Cell(escape(title), words=at in (0, 2)) for at, title in enumerate(head)], cells)
+    picture = page.figure(
+        shares_picture(report), "Embeddings are not synchronised between hot and cold batches, so that bar has no such part."
+    )
+    return picture + table + page.notes(shares_notes(report))
 
 
 def _popularity(profile: Mapping[str, Any], placement: Mapping[str, Any]) -> str:

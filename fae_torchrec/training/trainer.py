@@ -108,7 +108,7 @@ class Trainer:
         self._world_size = 1 if group is None else group.size()
         self._show_progress = show_progress
         self._hot_cold = [module for module in model.modules() if isinstance(module, ShardedHotColdModule)]
-        self._pipeline = self._new_pipeline()
+        self._pipeline = self.new_pipeline()
         self._taken = _Taken()
         self._swap_test: list[Batch] = []
         self._log = RunLog(group, device)
@@ -152,6 +152,13 @@ class Trainer:
             scores = self._score(self._test_batches())
             self._telemetry.evaluation(scores, self._log.steps, tag="test")
         return self._log.result(scores)
+
+    def new_pipeline(self) -> TrainPipelineSparseDist[HotColdBatch, Any]:
+        """A pipeline as the run's. Ours where the model has hot and cold tiers; the stock baseline runs on the stock one."""
+        if self._hot_cold:
+            return FAETrainPipeline(self._model, self._optimizer, self._device, lookahead=self._options.lookahead)
+        stock = PrefetchTrainPipelineSparseDist if self._options.prefetch else TrainPipelineSparseDist
+        return stock(self._model, self._optimizer, self._device, custom_model_fwd=_weighted(self._model))
 
     def _resume(self) -> Telemetry:
         """Goes to the newest checkpoint, or stays at the start."""
@@ -270,13 +277,6 @@ class Trainer:
         steps = self._log.steps
         to_end = sys.maxsize if self._options.steps is None else self._options.steps - steps
         return to_end if self._checkpoints is None else min(to_end, self._checkpoints.steps_to_next(steps))
-
-    def _new_pipeline(self) -> TrainPipelineSparseDist[HotColdBatch, Any]:
-        """Ours where the model has hot and cold tiers; the stock baseline runs on the stock one."""
-        if self._hot_cold:
-            return FAETrainPipeline(self._model, self._optimizer, self._device, lookahead=self._options.lookahead)
-        stock = PrefetchTrainPipelineSparseDist if self._options.prefetch else TrainPipelineSparseDist
-        return stock(self._model, self._optimizer, self._device, custom_model_fwd=_weighted(self._model))
 
 
 def _weighted(model: DistributedModelParallel) -> Callable[[HotColdBatch | None], tuple[torch.Tensor, Any]]:

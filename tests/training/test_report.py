@@ -13,7 +13,9 @@ import pytest
 
 from fae_torchrec.training.report import html_report, markdown_report, text_table, write_report
 from fae_torchrec.training.report_pictures import breakdown_picture, loss_picture, throughput_picture
+from fae_torchrec.training.report_shares import shares_lines, shares_picture, shares_table
 from fae_torchrec.training.report_table import bytes_text, count_text
+from fae_torchrec.training.step_shares import CATEGORIES
 from tests.training.html_page import Page
 
 TITLES = [
@@ -252,3 +254,40 @@ def test_written_whole_with_json_last(report: dict[str, Any], tmp_path: Path, mo
     with pytest.raises(ZeroDivisionError):
         write_report(report, other)
     assert not other.exists() or list(other.iterdir()) == []
+
+
+def with_shares(report: dict[str, Any]) -> dict[str, Any]:
+    """The same, its fae runs and stock's first profiled; shares by hand."""
+    for run in report["runs"]:
+        if run["placement"] in ("stock", "fae"):
+            parts = {"mixed": (10.0, 0.0)} if run["placement"] == "stock" else {"hot": (4.0, 0.04), "cold": (8.0, 0.25)}
+            run["step_shares"] = {
+                kind: {"steps": 8, "step_ms": ms, "shares": shares, "milliseconds": {name: share * ms for name, share in shares.items()}}
+                for kind, (ms, exchange) in parts.items()
+                for shares in [
+                    {**dict.fromkeys(CATEGORIES, 0.0), "forward": 0.4, "backward": 0.6 - exchange, "embedding_exchange": exchange}
+                ]
+            }
+    return report
+
+
+def test_shares_of_a_step(report: dict[str, Any]) -> None:
+    """In the terminal what is worth a word, in the tables every category that occurs and the one that never does, in the picture bars."""
+    assert shares_lines(report) == [] and shares_table(report)[1] == [] and shares_picture(report) is None, "nothing was profiled"
+    assert "profiled step" not in markdown_report(report) and "Where a step's time goes" not in html_report(report)
+    report = with_shares(report)
+    lines = shares_lines(report)
+    assert lines[0] == "stock, 1 rank, a mixed step of 10.0 ms: backward 60.0 %, forward 40.0 %"
+    assert lines[1] == "fae, 1 rank, a hot step of 4.0 ms: backward 56.0 %, forward 40.0 %", "4 % are not worth a word"
+    assert lines[2] == "fae, 1 rank, a cold step of 8.0 ms: forward 40.0 %, backward 35.0 %, embedding exchange 25.0 %"
+    head, rows = shares_table(report)
+    assert head[3:] == ["ms / step", "embedding sync at swaps %", "embedding exchange %", "forward %", "backward %"]
+    assert rows[2] == ["fae", "1", "cold", "8.00", "0.0", "25.0", "40.0", "35.0"]
+    markdown, html = markdown_report(report), html_report(report)
+    assert "| fae | 1 | cold | 8.00 | 0.0 | 25.0 | 40.0 | 35.0 |" in markdown
+    for text in ("Where a step's time goes", "fused update of the rows", "embedding sync at swaps"):
+        assert text.replace("'", "&#x27;") in html
+    picture = shares_picture(report)
+    assert picture is not None
+    bars, legend = picture.svg().count("ms<"), [name for name in ("embedding exchange", "forward", "idle") if f">{name}<" in picture.svg()]
+    assert bars == len(rows) and legend == ["embedding exchange", "forward"]
