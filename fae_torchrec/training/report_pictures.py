@@ -81,7 +81,8 @@ def _bars(axis: Axes, runs: Sequence[Mapping[str, Any]], key: str, title: str) -
     axis.set_yticks(positions, [_label(run) for run in runs])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, 1.28 * max([*values, 1e-9]))
+    spreads = [run.get("samples_per_s_spread") or (0.0,) for run in runs] if key == "samples_per_s" else []
+    axis.set_xlim(0, 1.28 * max([*values, *map(max, spreads), 1e-9]))
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(FuncFormatter(short_count))
     axis.set_title(title)
