@@ -34,9 +34,9 @@ def _rows_of(key: str) -> Any:
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Generated samples shaped like Criteo Kaggle, Criteo Terabyte or Avazu; `scale` multiplies the published row counts."""
+    """Generated samples shaped like Criteo Kaggle, Criteo Terabyte, Avazu or Taobao; `scale` multiplies the published row counts."""
 
-    dataset: Literal["kaggle", "terabyte", "avazu"] = "kaggle"
+    dataset: Literal["kaggle", "terabyte", "avazu", "taobao"] = "kaggle"
     scale: float = within(0.01, 0, 1, above=True)
     train_samples: int = within(262_144, 1)
     test_samples: int = within(32_768, 1)

@@ -22,6 +22,7 @@ from fae_torchrec.data.parquet import ParquetSource
 from fae_torchrec.data.sample_range import held_out
 from fae_torchrec.data.sharded_source import ShardedSource
 from fae_torchrec.data.synthetic import SyntheticCriteo
+from fae_torchrec.data.synthetic_taobao import SyntheticTaobao
 from fae_torchrec.data.taobao import FEATURES as TAOBAO_FEATURES
 from fae_torchrec.data.taobao import TaobaoSource
 from fae_torchrec.data.vocabulary import KeySource, Vocabulary, fit_vocabulary
@@ -91,8 +92,9 @@ def make_vocabulary(config: RunConfig, *, show_progress: bool = False) -> Vocabu
 def _synthetic(data: DataConfig) -> ExperimentData:
     synthetic = data.synthetic
     assert synthetic is not None
-    criteo = partial(SyntheticCriteo, synthetic.dataset, scale=synthetic.scale, seed=synthetic.seed)
-    train, test = criteo(num_samples=synthetic.train_samples), criteo(num_samples=synthetic.test_samples, split="test")
+    source = SyntheticTaobao if synthetic.dataset == "taobao" else partial(SyntheticCriteo, synthetic.dataset)
+    shaped = partial(source, scale=synthetic.scale, seed=synthetic.seed)
+    train, test = shaped(num_samples=synthetic.train_samples), shaped(num_samples=synthetic.test_samples, split="test")
     return ExperimentData(train.name, train, test, train.cardinalities)
 
 

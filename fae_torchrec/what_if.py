@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fae_torchrec.config import RunConfig
 from fae_torchrec.core.access_model import AccessModel
@@ -22,10 +21,11 @@ from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.core.hardware import Hardware, load_hardware
 from fae_torchrec.core.outlook import Outlook, budgets_of, fae_cold_tier, look_out
 from fae_torchrec.core.tables import TableSet
-from fae_torchrec.data.criteo_access import criteo_access
-from fae_torchrec.experiment import experiment_model, placed_tables
+from fae_torchrec.data.synthetic_access import synthetic_access
 from fae_torchrec.experiment_data import ExperimentData, open_data
+from fae_torchrec.experiment_model import experiment_model, placed_tables, try_experiment
 from fae_torchrec.experiment_profile import make_profile
+from fae_torchrec.modules.model_tables import COLLECTIONS, table_weights
 from fae_torchrec.training.outlook_page import outlook_page, outlook_picture, outlook_text
 from fae_torchrec.training.report import write_json
 from fae_torchrec.training.whole_file import write_whole
@@ -142,17 +142,16 @@ def _access(config: RunConfig, data: ExperimentData, tables: TableSet, access: s
     if access == "law":
         if synthetic is None:
             raise ConfigError(f"--access law: the data are {config.data.source}, whose law is not known; take profile")
-        return criteo_access(synthetic.dataset, synthetic.scale, tables)
+        return synthetic_access(synthetic.dataset, synthetic.scale, tables)
     profile = make_profile(config, data, tables, show_progress=show_progress)
     return AccessModel.from_profile(profile, tables, config.placement.pinned_max_rows)
 
 
 def _job(config: RunConfig, data: ExperimentData, tables: TableSet) -> Job:
     model = experiment_model(config, data, torch.device("meta"))
-    dense = sum(parameter.numel() for name, parameter in model.named_parameters() if "embedding_bags" not in name)
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    features = len(data.rows) + 1
-    return Job(tables, config.train.batch_size, 1, dense, weights + features * features * config.model.embedding_dim)
+    rows = sum(weight.numel() for module in model.modules() if type(module) in COLLECTIONS for weight in table_weights(module).values())
+    dense = sum(parameter.numel() for parameter in model.parameters()) - rows
+    return Job(tables, config.train.batch_size, 1, dense, try_experiment(config, data))
 
 
 def _point(point: Mapping[str, Any], job: Job, access: AccessModel, hardware: Hardware, pinned_max_rows: int) -> Point:

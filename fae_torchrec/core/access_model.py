@@ -71,10 +71,7 @@ class Coupled:
         """See `Joint`."""
         logs = self._log_hot(curves, hot)
         others = np.exp(logs.sum(axis=0) - logs[number])
-        # At each level, the chance of a bin: that the survival lies between those of its ends.
-        tail = np.append(curves[number].tail, 0.0)
-        between = -np.diff(self._below(tail), axis=0)
-        mass: Floats = (between @ others) * hot[number]
+        mass: Floats = (self._of_bins(curves[number]) @ others) * hot[number]
         total = float(mass.sum())
         return mass / total if total else mass
 
@@ -91,6 +88,11 @@ class Coupled:
             chance: Floats = np.exp(-np.minimum(self._level[None] * reach[:, None], 745.0))
         chance[tail <= 0] = 0.0
         return chance
+
+    def _of_bins(self, curve: AccessCurve) -> Floats:
+        """At each level, the chance of a bin, that the survival lies between those of its ends: [bins, levels]."""
+        between: Floats = -np.diff(self._below(np.append(curve.tail, 0.0)), axis=0)
+        return between
 
     def _log_hot(self, curves: Sequence[AccessCurve], hot: Sequence[Floats]) -> Floats:
         """Log of the chance that a table's lookup is hot, at each level: [tables, levels]."""

@@ -72,9 +72,14 @@ class GeneratedSource(ShardedSource):
         split: "train" or "test".
         coupled: whether the ids of a sample go together; False is said in the name.
 
+    Attributes:
+        cardinalities: feature -> rows of its table; the subclass sets it.
+
     Raises:
         ConfigError: an argument is outside its range.
     """
+
+    cardinalities: dict[str, int]
 
     def __init__(
         self,

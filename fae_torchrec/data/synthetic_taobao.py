@@ -1,0 +1,136 @@
+"""Synthetic Taobao: a deterministic source of browsing sessions with published table sizes, fitted popularity and planted clicks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fae_torchrec.data.generated_source import BLOCK_SAMPLES, Draw, GeneratedSource
+from fae_torchrec.data.planted_sequence import PlantedSequenceModel
+from fae_torchrec.data.popularity_law import PopularityLaw, affine_permutations, coupled_survival
+from fae_torchrec.data.taobao_shape import BAG, HISTORY, TAOBAO
+
+_DATASET_WORD = 1_000  # of the random streams; those of the Criteo shapes are their places, 0 upwards
+
+
+class SyntheticTaobao(GeneratedSource):
+    """A ShardedSource shaped like Taobao's sequences: bags of 21 for user, item and category, one dense feature, planted labels.
+
+    The samples are as `TaobaoSource` has them: the history's 20 events, then the candidate's; the user is repeated. Every user and item
+    has its fixed popularity, every item its fixed category. A sample is a session, at one level of popularity. An event is either of an
+    item seen before in the session, or of a new item: in the category of the event before it, or else in one drawn by its number of items.
+    Half of the candidates go on in that way; the others are new items of any category. Unlike TaobaoSource's, samples do not come in
+    pairs with the same history, and a user has as many as are drawn.
+
+    Args:
+        scale: rows as a share of the published rows, in (0, 1].
+        num_samples: samples in one pass over all ranks.
+        seed: names popularity, planted model and draws, 0 or more.
+        split: "train" or "test".
+        coupled: False draws every id by itself, from the same laws: no levels, no sessions. The negative control of the fit.
+
+    Attributes:
+        feature_names: user, item, category.
+        num_dense: 1.
+        num_samples: samples in one pass over all ranks.
+        name: data set, scale, samples, seed and split.
+        cardinalities: feature -> rows of its table.
+        planted_model: the true click probabilities.
+
+    Raises:
+        ConfigError: an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: float = 0.1,
+        num_samples: int,
+        seed: int = 0,
+        split: Literal["train", "test"] = "train",
+        coupled: bool = True,
+    ) -> None:
+        shape = TAOBAO
+        super().__init__(
+            title=shape.title,
+            dataset_word=_DATASET_WORD,
+            feature_names=shape.feature_names,
+            num_dense=shape.num_dense,
+            scale=scale,
+            num_samples=num_samples,
+            seed=seed,
+            split=split,
+            coupled=coupled,
+        )
+        self._rows = shape.rows(scale)
+        self.cardinalities = {name: int(rows) for name, rows in zip(self.feature_names, self._rows, strict=True)}
+        law = shape.popularity(scale)
+        which = np.array([0] + [1] * BAG)  # a user and 21 items
+        self._law = PopularityLaw(law.rows[which], law.exponent[which], law.shift[which])
+        self._sizes = shape.category_sizes(scale)
+        self._ends = self._sizes.cumsum()
+        self._step, self._offset = affine_permutations(self._rows, self._scatter)
+        probes = self._probes()
+        self.planted_model = PlantedSequenceModel.calibrated(seed, probes.ids, probes.dense, shape.click_rate)
+
+    def category_of(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The category of each item, ids int64 of any shape."""
+        back = pow(int(self._step[1]), -1, int(self._rows[1]))
+        places = (items - self._offset[1]) * back % self._rows[1]
+        return self._ids(2, np.searchsorted(self._ends, places, side="right"))
+
+    def _draw(self, random: np.random.Generator) -> Draw:
+        level = random.standard_gamma(1.0 / TAOBAO.coupling, size=BLOCK_SAMPLES)
+        private = random.standard_exponential(size=(1 + BAG, BLOCK_SAMPLES))
+        anywhere = random.integers(0, self._rows[1], size=(BAG, BLOCK_SAMPLES))
+        session = random.random(size=(3, BAG, BLOCK_SAMPLES), dtype=np.float32)
+        dense = random.standard_normal(size=(BLOCK_SAMPLES, self.num_dense), dtype=np.float32)
+        uniform = random.random(size=BLOCK_SAMPLES)
+        ranks = self._law.ranks(coupled_survival(private, level if self._coupled else None, TAOBAO.coupling))
+        user, rank = ranks[0], ranks[1:]
+        category = np.searchsorted(self._ends, anywhere, side="right")  # each event's own: large ones more often
+        if self._coupled:
+            of_item, of_category = _sessions(session)
+            rank = np.take_along_axis(rank, of_item, axis=0)
+            category = np.take_along_axis(category, of_category, axis=0)
+        sizes = self._sizes[category]
+        # An item's place in its category is its rank's in the law of all items, so that this law holds whatever the categories' sizes.
+        item = self._ends[category] - sizes + rank * sizes // self._rows[1]
+        ids = np.stack([np.broadcast_to(self._ids(0, user), item.shape), self._ids(1, item), self._ids(2, category)])
+        return Draw(np.ascontiguousarray(ids.transpose(0, 2, 1)), dense, uniform)
+
+    def _logits(self, draw: Draw) -> npt.NDArray[np.float64]:
+        return self.planted_model.logits(draw.ids, draw.dense)
+
+    def _ids(self, table: int, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Scatters a table's rows: hot ones lie all over it."""
+        ids: npt.NDArray[np.int64] = (numbers * self._step[table] + self._offset[table]) % self._rows[table]
+        return ids
+
+
+def _sessions(uniform: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Which event each event of a session has its item from, and its category from.
+
+    Args:
+        uniform: float32 [3, 21, n]: whether an event repeats an item, which one, and whether a new item stays in its category.
+
+    Returns:
+        (item's, category's), [21, n] each: numbers of events, not after the event itself.
+    """
+    repeats, stays = uniform[0] < TAOBAO.repeats, uniform[2] < TAOBAO.stays
+    # The candidate either goes on (and then surely in a category of the history) or is a new item of any category.
+    goes_on = uniform[2, HISTORY] < TAOBAO.follows
+    repeats[HISTORY] &= goes_on
+    stays[HISTORY] = goes_on
+    of_item = np.zeros(repeats.shape, dtype=np.intp)
+    of_category = np.zeros_like(of_item)
+    for event in range(1, BAG):
+        earlier = (uniform[1, event] * np.float32(event)).astype(np.intp)[None]
+        np.minimum(earlier, event - 1, out=earlier)
+        again = repeats[event]
+        of_item[event] = np.where(again, np.take_along_axis(of_item, earlier, axis=0)[0], event)
+        new = np.where(stays[event], of_category[event - 1], event)
+        of_category[event] = np.where(again, np.take_along_axis(of_category, earlier, axis=0)[0], new)
+    return of_item, of_category
