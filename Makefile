@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 # Processes that run tests, each in one thread; a file's tests stay in one process. 0: none beside pytest's own, as a debugger needs it.
 WORKERS ?= 2
 
-.PHONY: demo test cluster lint env clean
+.PHONY: demo test tutorial cluster lint env clean
 
 demo: $(STAMP) ## profile, place, train hot/cold and compare with stock TorchRec, on 1 and on 2 ranks
 	$(VENV)/bin/fae compare --config $(CONFIG) --output $(DEMO_OUTPUT) $(FAE_ARGS)
@@ -26,6 +26,9 @@ demo: $(STAMP) ## profile, place, train hot/cold and compare with stock TorchRec
 
 test: $(STAMP) ## the whole suite
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+tutorial: $(STAMP) ## run every block of docs/tutorial and hold what is printed against what its pages show
+	$(VENV)/bin/python docs/tutorial/run.py
 
 cluster: $(STAMP) ## jobs on a Slurm cluster that is set up for them; takes Debian's packages slurm-wlm and munge
 	$(VENV)/bin/python -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
