@@ -1,9 +1,9 @@
 """Runs the blocks of the tutorial's pages in their order, and holds what they print against what the pages show.
 
 The blocks of a page that begin with ```python share a namespace, ```bash is run by `bash -euo pipefail`; all of them in one folder. A
-```text block after one is what it printed: words must be the same and numbers within 2 %. A ```text varies block is of one machine and one
-run, and is not compared. The first failure ends the run and is named by page and line. --update writes what was printed and drawn to the pages
-and to images/.
+```text block after one is what it printed: words must be the same and numbers within 2 %. A ```text varies block is of one machine and
+one run, and is not compared. The first failure ends the run and is named by page and line. --update writes what was printed and drawn to
+the pages and to images/.
 """
 
 from __future__ import annotations
