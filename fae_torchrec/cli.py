@@ -38,7 +38,8 @@ _COMMANDS = {
     "plan": "plan the model for ranks and hardware that need not be there: which rows are hot, where every table lies, what a step moves, "
     "where a rank's memory goes, and why; placement.budget=auto lets it choose the budget; writes OUTPUT/plan.json",
     "report": "picture how skewed the accesses are and which share of the samples a budget makes all hot; writes OUTPUT/popularity.html, "
-    "the same numbers as popularity.json, and the pictures as popularity_*.png",
+    "the same numbers as popularity.json, and the pictures as popularity_*.png; or, with --paper, set finished comparisons of the paper's "
+    "workloads beside the paper's tables (docs/paper.md): writes OUTPUT/paper.html, .md and .json",
     "segregate": "write the train data once as hot and cold samples, for fast epochs without segregating again; writes a store to "
     "loader.store, or to OUTPUT/store; train and compare read it if loader.store (--store) names it",
     "train": "train one placement and score it; under torchrun it joins the ranks, else it starts them (--ranks); with --checkpoint it "
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--quiet", action="store_true", help="no progress bars")
         if name in _WITHOUT_CONFIG:
             continue
-        command.add_argument("--config", required=name != "compare", metavar="FILE", help="the experiment, YAML or JSON")
+        command.add_argument("--config", required=name not in ("compare", "report"), metavar="FILE", help="the experiment, YAML or JSON")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; may be repeated")
         if name != "vocabulary":
             command.add_argument("--output", metavar="DIR", help="folder for what is written (default: `output` of the config)")
@@ -159,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="samples of a step over all ranks, for --torchrec-stats (default: train.batch_size)",
             )
+        if name == "report":
+            _add_paper(command)
         if name in ("place", "plan", "segregate"):
             command.add_argument(
                 "--ranks", type=int, default=1, metavar="N", help="ranks that will train, which placement.budget=auto asks for (default: 1)"
@@ -222,6 +225,27 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     own.add_argument("--warm-up", type=int, metavar="N", help="with --script: first steps that are not in the step times (default: 5)")
 
 
+def _add_paper(command: argparse.ArgumentParser) -> None:
+    """The options of `fae report --paper`."""
+    paper = command.add_argument_group("beside the paper", "fae report --paper runs/kaggle/report.json [more ...] [--workload NAME=REPORT]")
+    add = paper.add_argument
+    add(
+        "--paper",
+        nargs="*",
+        metavar="REPORT",
+        help="instead of --config: report.json of one or more runs of `fae compare` on the paper's workloads (RMC1 Taobao, RMC2 Kaggle, "
+        "RMC3 Terabyte, RMC4 Avazu, SYN-M1 to SYN-M4), which are recognised by their data and their model's widths",
+    )
+    add(
+        "--workload",
+        action="append",
+        default=[],
+        metavar="NAME=REPORT",
+        help="with --paper: take this report for a workload, whatever it trained; the page says how it differs; may be repeated",
+    )
+    add("--bytes", metavar="FILE", help="with --paper: what benchmarks/paper_bytes.py counted, for Table 7 (JSON)")
+
+
 def _add_what_if(command: argparse.ArgumentParser) -> None:
     """The options of `fae plan --what-if`."""
     add = command.add_argument
@@ -262,6 +286,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--ranks: received {ranks}; give at least 1")
     if arguments.command == "compare" and commands.is_of_script(arguments):
         return commands.run_compare_script(arguments)
+    if arguments.command == "report" and commands.is_of_paper(arguments):
+        from fae_torchrec.paper_report import run_paper_report
+
+        return run_paper_report(arguments)
     config = load_config(arguments.config, [*arguments.set, *_overrides(arguments)])
     if getattr(arguments, "output", None):
         config = replace(config, output=arguments.output)

@@ -82,6 +82,25 @@ def run_report(arguments: Namespace, config: RunConfig) -> int:
     return 0
 
 
+def is_of_paper(arguments: Namespace) -> bool:
+    """Whether `fae report` sets finished comparisons beside the paper rather than picturing a config's data.
+
+    Raises:
+        ConfigError: both are asked for, or neither, or options of the other one.
+    """
+    if arguments.paper is not None:
+        wrong = [f"--{name}" for name in ("config", "set") if getattr(arguments, name)]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: received with --paper, which reads finished runs; leave out one of them")
+        return True
+    wrong = [name for name, value in (("--workload", arguments.workload), ("--bytes", arguments.bytes)) if value]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: given without --paper; add it, or leave them out")
+    if arguments.config is None:
+        raise ConfigError("nothing to report; give --config and an experiment, or --paper and reports of fae compare")
+    return False
+
+
 def run_place(arguments: Namespace, config: RunConfig) -> int:
     """Selects the hot rows."""
     from fae_torchrec.compare import describe_placement

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fae_torchrec"
 FLOORS = {
     "core": 0, "data": 1, "modules": 1, "distributed": 2, "training": 3,
     "schema": 4, "config": 4, "data_config": 4, "experiment": 4, "experiment_data": 4, "experiment_profile": 4,
-    "experiment_store": 4, "compare": 4, "popularity_report": 4, "report_parts": 4, "doctor": 4, "launch": 4,
+    "experiment_store": 4, "compare": 4, "paper_report": 4, "popularity_report": 4, "report_parts": 4, "doctor": 4, "launch": 4,
     "launch_config": 4, "launch_parts": 4, "launch_patches": 4, "launch_placement": 4, "launch_profile": 4, "launch_ranks": 4,
     "launch_rebundling": 4, "launch_report": 4, "launch_script": 4, "launch_standins": 4,
     "cli": 4, "commands": 4, "experiment_loader": 4, "experiment_measures": 4,
