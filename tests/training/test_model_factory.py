@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_factories_that_are_not_there(name: str, told: str, tmp_path: Path, monk
     with pytest.raises(ConfigError, match=told):
         load_factory(name)
     assert not [module for module in sys.modules if module.startswith("fae_model_fails")], "half a module is not kept"
+
+
+def test_the_page_s_model_trains(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "comparing.md").read_text().partition("## A model of your own")[2]
+    path = tmp_path / "my_model.py"
+    path.write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
+    spec = ModelSpec(ROWS, 3, 8, options={"hidden": [5, 4]})
+    model = build_model(load_factory(f"{path}:build"), spec, Optimizer.SGD, 0.1, seed=0)
+    assert try_model(model, next(Samples(9).batches(9))) == (3 + 4 * 8) * 5 + 5 * 4 + 4
 
 
 def _marked(spec: ModelSpec) -> nn.Module:
