@@ -107,8 +107,8 @@ def prepare(
     """
     _check_folders(config, load, save)
     data = open_data(config)
-    config, placement = settle_rows(config, data, [ranks], show_progress=show_progress)
     check_model(config, data)
+    config, placement = settle_rows(config, data, [ranks], show_progress=show_progress)
     check_run(config, data, placement, [name], ranks)
     return config, placement
 
