@@ -56,13 +56,15 @@ ITEM_FEATURES = ("item", "brand", "category")
 FEATURES = (*USER_FEATURES, *ITEM_FEATURES)
 BAGS = ("recent",)
 """Features with several ids per sample: the categories of what the user looked at last."""
+OTHER_ROWS = {"segment": 64, "recent": 2048, "brand": 20_000, "category": 2048}
+"""Rows of the tables beside those of users and items."""
 TASTES = 8
 
 
 class Tower(nn.Module):
     """One side: ids [B] of some features -> a vector [B, out]."""
 
-    def __init__(self, features: Sequence[str], rows: Mapping[str, int], dim: int, out: int, seed: int) -> None:
+    def __init__(self, features: Sequence[str], rows: Mapping[str, int], dim: int, out: int, seed: int, device: torch.device) -> None:
         super().__init__()
         self.features = tuple(features)
         tables = [
@@ -72,11 +74,11 @@ class Tower(nn.Module):
                 embedding_dim=dim,
                 feature_names=[feature],
                 pooling=PoolingType.MEAN if feature in BAGS else PoolingType.SUM,
-                init_fn=StartWeights(seed + FEATURES.index(feature)),
+                init_fn=StartWeights(seed + number),
             )
-            for feature in self.features
+            for number, feature in enumerate(self.features)
         ]
-        self.ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+        self.ebc = EmbeddingBagCollection(tables=tables, device=device)
         self.mlp = nn.Sequential(nn.Linear(dim * len(tables), 64), nn.ReLU(), nn.Linear(64, out))
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
@@ -87,10 +89,9 @@ class Tower(nn.Module):
 class TwoTowerTrain(nn.Module):
     """Both towers and the loss: Batch -> (loss, (loss, logits [B], labels [B])), as pipelines want it."""
 
-    def __init__(self, rows: Mapping[str, int], dim: int, out: int, seed: int) -> None:
+    def __init__(self, user_tower: Tower, item_tower: Tower) -> None:
         super().__init__()
-        self.user_tower = Tower(USER_FEATURES, rows, dim, out, seed)
-        self.item_tower = Tower(ITEM_FEATURES, rows, dim, out, seed)
+        self.user_tower, self.item_tower = user_tower, item_tower
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         # Both towers take the batch's whole KeyedJaggedTensor: each collection picks its own features.
@@ -206,18 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Trains and tests on every rank; what rank 0 saw of it is what is printed."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    rows = {
-        "user": options.users,
-        "segment": 64,
-        "recent": 2048,
-        "item": options.items,
-        "brand": max(options.items // 20, 1),
-        "category": 2048,
-    }
-    if options.data:
-        samples = Samples.read(options.data, rows)
-    else:
-        samples = Samples.generated(options.batch_size * world_size * (options.steps + -(-options.steps // 10)), rows, options.seed)
+    rows = {**OTHER_ROWS, "user": options.users, "item": options.items}
+    number = options.batch_size * world_size * (options.steps + -(-options.steps // 10))
+    samples = Samples.read(options.data, rows) if options.data else Samples.generated(number, rows, options.seed)
     all_steps = samples.steps(options.batch_size, world_size)
     test_steps = max(1, all_steps // 11)
     train_steps = min(options.steps, all_steps - test_steps)
@@ -229,8 +221,11 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     # The model, as it is: on the meta device, tables marked with their fused optimizer.
     torch.manual_seed(options.seed)
-    model = TwoTowerTrain(rows, options.dim, options.dim, options.seed)
-    for tower in (model.user_tower, model.item_tower):
+    meta = torch.device("meta")
+    user_tower = Tower(USER_FEATURES, rows, options.dim, options.dim, options.seed, meta)
+    item_tower = Tower(ITEM_FEATURES, rows, options.dim, options.dim, options.seed + 100, meta)
+    model = TwoTowerTrain(user_tower, item_tower)
+    for tower in (user_tower, item_tower):
         apply_optimizer_in_backward(RowWiseAdagrad, tower.ebc.parameters(), {"lr": options.lr})
 
     # The plan. Tables stay whole, so that no plan trains them by the dense optimizer (data parallel) or by column shards.
@@ -280,24 +275,44 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     else:
         batches = train_batches()
         pipeline = TrainPipelineSparseDist(model, optimizer, device)
-    with _counter(options.bytes, rank, world_size) as sent:
+    counter: Any = contextlib.nullcontext()
+    if options.bytes:
+        from fae_torchrec.training.traffic import CollectiveCounter
+
+        counter = CollectiveCounter(rank, world_size)
+    with counter:
         model.train()
         losses = train(pipeline, iter(batches))
     told["steps"], told["losses"] = len(losses), losses
     told["hot_steps"] = pipeline.steps.hot if options.fae == "pipeline" else 0
-    told["sent_bytes"] = int(sent.total_bytes) if sent is not None else None
+    told["sent_bytes"] = int(counter.total_bytes) if options.bytes else None
     model.eval()
     told["auc"] = auc(pipeline, samples.batches(range(train_steps, train_steps + test_steps), options.batch_size, rank, world_size), device)
     return told
 
 
+def build_two_tower(spec: Any) -> TwoTowerTrain:
+    """A model factory for the configs of the command line: `model.factory: two_tower.py:build_two_tower`.
+
+    Args:
+        spec: a ModelSpec; `options` has "users", the features of the user tower. All others are the item tower's. Dense features are
+            not looked at.
+    """
+    users = tuple(spec.options.get("users", ()))
+    items = tuple(feature for feature in spec.rows if feature not in users)
+    if not users or not items or not set(users) <= spec.rows.keys():
+        raise ValueError(f"model.options: users is {list(users)}; name some, and not all, of the features {list(spec.rows)}")
+    dim, seed = spec.embedding_dim, torch.initial_seed()
+    return TwoTowerTrain(
+        Tower(users, spec.rows, dim, dim, seed, spec.device), Tower(items, spec.rows, dim, dim, seed + len(users), spec.device)
+    )
+
+
 def start_process_group() -> torch.device:
     """One process group of all ranks, on this rank's device; without torchrun a group of one."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks:
-        device = torch.device("cuda", local_rank)
+    if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
@@ -314,8 +329,7 @@ def hot_rows(model: nn.Module, batches: Iterator[Batch], budget_mib: float) -> A
         hot_set = select_hot_set(profile, budget_bytes=int(budget_mib * MIB))
         chosen = [RowPlacement.from_hot_set(hot_set)]
     dist.broadcast_object_list(chosen)
-    placement = chosen[0]
-    return placement
+    return chosen[0]
 
 
 def train(pipeline: Any, batches: Iterator[Batch]) -> list[float]:
@@ -339,14 +353,6 @@ def auc(pipeline: Any, batches: Iterator[Batch], device: torch.device) -> float:
         except StopIteration:
             return float(metric.compute())
         metric.update(logits.sigmoid(), labels.int())
-
-
-def _counter(wanted: bool, rank: int, world_size: int) -> contextlib.AbstractContextManager[Any]:
-    if not wanted:
-        return contextlib.nullcontext()
-    from fae_torchrec.training.traffic import CollectiveCounter
-
-    return CollectiveCounter(rank, world_size)
 
 
 def _text(told: Mapping[str, Any]) -> str:

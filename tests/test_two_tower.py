@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +20,12 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from fae_torchrec import HotColdDataLoader, RowPlacement, ShuffleSchedule
-from fae_torchrec.core.tables import TableSet, TableSpec
+from fae_torchrec import HotColdDataLoader, RowPlacement, ShuffleSchedule, model_tables
+from fae_torchrec.config import load_config
+from fae_torchrec.core.errors import ConfigError
+from fae_torchrec.core.tables import Optimizer, TableSet, TableSpec
+from fae_torchrec.training.model_factory import load_factory
+from fae_torchrec.training.model_spec import ModelSpec, build_model
 from tests.test_launch import fae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +125,26 @@ def test_a_hot_batch_is_hot_in_both_towers(two_tower: ModuleType) -> None:
             one_tower += int((users ^ items).sum())
     assert loader.stats.batches["hot"] >= 20
     assert one_tower > BATCH, "hot in one tower is not hot"
+
+
+def test_the_factory_makes_both_towers() -> None:
+    config = load_config(ROOT / "examples" / "configs" / "two_tower.yaml").model
+    assert config.factory is not None
+    spec = ModelSpec(
+        {"device_id": 90, "device_ip": 80, "device_model": 9, "device_type": 4, "device_conn_type": 3, "C1": 7, "C14": 50}, 1, 16
+    )
+
+    def made(users: Any) -> Any:
+        factory = load_factory(str(config.factory))
+        return build_model(factory, replace(spec, options={**config.options, **users}), Optimizer.ROWWISE_ADAGRAD, 0.1, seed=4)
+
+    towers = made({})
+    assert towers.user_tower.features == tuple(config.options["users"])
+    assert towers.item_tower.features == ("C1", "C14")
+    assert [table.name for table in model_tables(towers)] == [f"t_{feature}" for feature in spec.rows]
+    for users in ([], ["nobody"], list(spec.rows)):
+        with pytest.raises(ConfigError, match="name some, and not all, of the features"):
+            made({"users": users})
 
 
 def test_a_file_of_your_own(two_tower: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
