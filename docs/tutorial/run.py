@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Sybil: pure Python without requirements of its own; nbclient with jupytext would bring a Jupyter kernel and some thirty packages to CI.
@@ -114,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(page: Path, shown: dict[tuple[int, int], str], update: bool) -> None:
     """Compares or rewrites a page, and the pictures that it shows."""
     text = page.read_text(encoding="utf-8")
-    if update:
-        for (start, end), block in sorted(shown.items(), reverse=True):
+    for (start, end), block in sorted(shown.items(), reverse=update):
+        if update:
             text = text[:start] + block + text[end:]
-        page.write_text(text, encoding="utf-8")
-    for (start, end), block in () if update else shown.items():
-        if how := difference(text[start:end], block):
+        elif how := difference(text[start:end], block):
             line = text.count("\n", 0, start) + 1
             raise Failure(f"{page}:{line}: the output shown is not what is printed ({how}); run with --update if it should be:\n{block}")
+    if update:
+        page.write_text(text, encoding="utf-8")
     for name in re.findall(r"\]\((images/[^)]+)\)", text):
         if not Path(name).is_file():
             raise Failure(f"{page}: no block made {name}, which the page shows")
@@ -133,7 +133,8 @@ def _check(page: Path, shown: dict[tuple[int, int], str], update: bool) -> None:
 
 
 @contextlib.contextmanager
-def _inside(folder: Path):  # type: ignore[no-untyped-def]  # contextlib.chdir is Python 3.11's
+def _inside(folder: Path) -> Iterator[None]:
+    """What contextlib.chdir is from Python 3.11 on."""
     before = Path.cwd()
     os.chdir(folder)
     try:
