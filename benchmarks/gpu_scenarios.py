@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 
 from fae_torchrec.data.criteo_shape import SPARSE_NAMES, criteo_shape
-from fae_torchrec.data.popularity_law import KEEP_ROWS
+from fae_torchrec.data.published_shape import KEEP_ROWS
 
 GIB = 2**30
 STATE_BYTES = 4  # row-wise Adagrad's, of a row

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.data.avazu import FEATURES as AVAZU_FEATURES
-from fae_torchrec.data.popularity_law import PopularityLaw, scaled_rows
+from fae_torchrec.data.popularity_law import PopularityLaw
+from fae_torchrec.data.published_shape import PublishedShape
 
 NUM_DENSE = 13
 NUM_SPARSE = 26
@@ -48,43 +48,25 @@ _AVAZU_ROWS = (
 _AVAZU_MAX_ROWS = 6_580_281
 
 
-@dataclass(frozen=True)
-class CriteoShape:
-    """What the generator knows about one data set.
+@dataclass(frozen=True, kw_only=True)
+class CriteoShape(PublishedShape):
+    """What the generator knows about one data set of one-hot samples.
 
     Attributes:
-        title: the data set's name, for texts that say "synthetic" before it.
-        feature_names: the sparse features, as the source of the real files has them.
-        num_dense: dense features.
-        published_rows: rows per table at scale 1, in the order of the data set's columns.
-        embedding_dim: weights per row in FAE's experiments (its byte shares assume it).
-        published_points: FAE Fig. 5: (hot bytes as a share of all table bytes, share of inputs that are all hot).
         coupling: how strongly the tables' tails move together (theta of a survival Clayton copula; 0 = independent).
         exponent_small: Zipf exponent of a table of 2,000 rows.
         exponent_large: Zipf exponent of a table of 2,000,000 rows; log-linear in between and a little beyond.
         least_excess: least (exponent - 1), before the spread over tables; below 0, large tables may be flatter than 1 / rank.
         shift: Zipf-Mandelbrot shift of a table of 100,000 rows, in ranks.
         shift_growth: the shift grows with rows ** shift_growth, which keeps the fit near its points from scale 1/10 to 1.
-        click_rate: share of positive labels.
     """
 
-    title: str
-    feature_names: tuple[str, ...]
-    num_dense: int
-    published_rows: tuple[int, ...]
-    embedding_dim: int
-    published_points: tuple[tuple[float, float], ...]
     coupling: float
     exponent_small: float
     exponent_large: float
     least_excess: float
     shift: float
     shift_growth: float
-    click_rate: float
-
-    def rows(self, scale: float) -> npt.NDArray[np.int64]:
-        """Rows per table at `scale`, int64 [F]: published rows times scale, but see `KEEP_ROWS`; never above published."""
-        return scaled_rows(self.published_rows, scale)
 
     def popularity(self, scale: float) -> PopularityLaw:
         """The law of every table at `scale`: a table's exponent follows from its rows, spread over +-15 % of (exponent - 1)."""

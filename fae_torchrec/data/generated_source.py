@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.data.dealing import rank_runs
 from fae_torchrec.data.planted_model import sigmoid
+from fae_torchrec.data.popularity_law import affine_permutations
+from fae_torchrec.data.published_shape import PublishedShape
 from fae_torchrec.data.sharded_source import ShardedSource
 
 BLOCK_SAMPLES = 2_048
@@ -62,10 +64,8 @@ class GeneratedSource(ShardedSource):
     A subclass draws a block and knows the true logits. Train and test share everything but the draws.
 
     Args:
-        title: the data set, for the name.
-        dataset_word: names the data set in the seeds of all random streams.
-        feature_names: F features.
-        num_dense: dense features.
+        shape: the data set.
+        dataset_word: names it in the seeds of all random streams.
         scale: rows of the large tables as a share of the published rows, in (0, 1].
         num_samples: samples in one pass over all ranks.
         seed: 0 to 65,535.
@@ -73,21 +73,17 @@ class GeneratedSource(ShardedSource):
         coupled: whether the ids of a sample go together; False is said in the name.
 
     Attributes:
-        cardinalities: feature -> rows of its table; the subclass sets it.
+        cardinalities: feature -> rows of its table.
 
     Raises:
         ConfigError: an argument is outside its range.
     """
 
-    cardinalities: dict[str, int]
-
     def __init__(
         self,
-        *,
-        title: str,
+        shape: PublishedShape,
         dataset_word: int,
-        feature_names: Sequence[str],
-        num_dense: int,
+        *,
         scale: float,
         num_samples: int,
         seed: int,
@@ -102,15 +98,17 @@ class GeneratedSource(ShardedSource):
             raise ConfigError(f"synthetic seed must be in 0..{2**16 - 1}, received {seed}")
         if split not in ("train", "test"):
             raise ConfigError(f"synthetic split {split!r} is not 'train' or 'test'")
-        self.feature_names = tuple(feature_names)
-        self.num_dense = num_dense
+        self.feature_names = shape.feature_names
+        self.num_dense = shape.num_dense
         self.num_samples = num_samples
         self._split, self._coupled = split, coupled
         words = [dataset_word, seed]
         self._keys = {name: np.random.SeedSequence([*words, i]).generate_state(2, np.uint64) for i, name in enumerate(_SPLITS)}
-        self._scatter = np.random.SeedSequence([*words, len(_SPLITS)])
+        self._rows = shape.rows(scale)
+        self.cardinalities = {name: int(rows) for name, rows in zip(self.feature_names, self._rows, strict=True)}
+        self._step, self._offset = affine_permutations(self._rows, np.random.SeedSequence([*words, len(_SPLITS)]))
         independent = "" if coupled else ", features drawn independently"
-        self.name = f"synthetic {title.lower()}, scale {scale}, {num_samples} samples, seed {seed}, {split}{independent}"
+        self.name = f"synthetic {shape.title.lower()}, scale {scale}, {num_samples} samples, seed {seed}, {split}{independent}"
 
     @abstractmethod
     def _draw(self, random: np.random.Generator) -> Draw:

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-KEEP_ROWS = 2_048
-"""Tables of at most this many published rows keep their size at every scale, and no larger table shrinks below it: real small tables
-(weekday, country, ad format) do not shrink with the traffic."""
-
 
 @dataclass(frozen=True)
 class PopularityLaw:
@@ -52,14 +48,6 @@ class PopularityLaw:
         power = 1.0 - self.exponent[table]
         end = (self.rows[table] + self.shift[table]) ** power
         return float(((rank + self.shift[table]) ** power - end) / (self.shift[table] ** power - end))
-
-
-def scaled_rows(published: tuple[int, ...], scale: float) -> npt.NDArray[np.int64]:
-    """Rows per table at `scale`, int64 [F]: published rows times scale, but see `KEEP_ROWS`; never above published."""
-    most = np.asarray(published, dtype=np.int64)
-    scaled = np.maximum(np.rint(most * scale).astype(np.int64), KEEP_ROWS)
-    rows: npt.NDArray[np.int64] = np.minimum(most, scaled)
-    return rows
 
 
 def coupled_survival(private: npt.NDArray[np.float64], level: npt.NDArray[np.float64] | None, coupling: float) -> npt.NDArray[np.float64]:

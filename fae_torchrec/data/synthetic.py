@@ -47,7 +47,7 @@ import numpy.typing as npt
 from fae_torchrec.data.criteo_shape import SHAPES, criteo_shape
 from fae_torchrec.data.generated_source import BLOCK_SAMPLES, Draw, GeneratedSource
 from fae_torchrec.data.planted_model import PlantedModel
-from fae_torchrec.data.popularity_law import affine_permutations, coupled_survival
+from fae_torchrec.data.popularity_law import coupled_survival
 
 
 class SyntheticCriteo(GeneratedSource):
@@ -87,21 +87,9 @@ class SyntheticCriteo(GeneratedSource):
         coupled: bool = True,
     ) -> None:
         shape = criteo_shape(dataset)
-        super().__init__(
-            title=shape.title,
-            dataset_word=list(SHAPES).index(dataset),
-            feature_names=shape.feature_names,
-            num_dense=shape.num_dense,
-            scale=scale,
-            num_samples=num_samples,
-            seed=seed,
-            split=split,
-            coupled=coupled,
-        )
+        super().__init__(shape, list(SHAPES).index(dataset), scale=scale, num_samples=num_samples, seed=seed, split=split, coupled=coupled)
         self._law = shape.popularity(scale)
-        self.cardinalities = {name: int(rows) for name, rows in zip(self.feature_names, self._law.rows, strict=True)}
         self._coupling = shape.coupling
-        self._step, self._offset = affine_permutations(self._law.rows, self._scatter)
         probes = self._probes()
         self.planted_model = PlantedModel.calibrated(self._law.rows, seed, probes.ids, probes.dense, shape.click_rate)
 

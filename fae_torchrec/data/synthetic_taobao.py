@@ -1,8 +1,8 @@
 """Synthetic Taobao: a deterministic source of browsing sessions with published table sizes, fitted popularity and planted clicks.
 
-**Popularity.** Users and items follow bounded Zipf-Mandelbrot laws (`popularity_law`) whose shifts grow with the rows, so that a share of the
-bytes means the same at every scale. How many items a category has follows such a law too. An item's place in its category is its rank's in
-the law of all items: so that law holds whatever the categories, and a category is drawn by its number of items.
+**Popularity.** Users and items follow bounded Zipf-Mandelbrot laws (`popularity_law`) whose shifts grow with the rows, so that a share of
+the bytes means the same at every scale. How many items a category has follows such a law too. An item's place in its category is its
+rank's in the law of all items: so that law holds whatever the categories, and a category is drawn by its number of items.
 
 **Sessions.** A sample has one level of popularity, which its user and its items share by a survival Clayton copula, as in `synthetic`. Half
 of its events are of an item that the session has seen before; a new item is in the category of the event before it 17 times of 20. That
@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from fae_torchrec.data.generated_source import BLOCK_SAMPLES, Draw, GeneratedSource
 from fae_torchrec.data.planted_sequence import PlantedSequenceModel
-from fae_torchrec.data.popularity_law import PopularityLaw, affine_permutations, coupled_survival
+from fae_torchrec.data.popularity_law import PopularityLaw, coupled_survival
 from fae_torchrec.data.taobao_shape import BAG, HISTORY, TAOBAO
 
 _DATASET_WORD = 1_000  # of the random streams; those of the Criteo shapes are their places, 0 upwards
@@ -85,25 +85,12 @@ class SyntheticTaobao(GeneratedSource):
         coupled: bool = True,
     ) -> None:
         shape = TAOBAO
-        super().__init__(
-            title=shape.title,
-            dataset_word=_DATASET_WORD,
-            feature_names=shape.feature_names,
-            num_dense=shape.num_dense,
-            scale=scale,
-            num_samples=num_samples,
-            seed=seed,
-            split=split,
-            coupled=coupled,
-        )
-        self._rows = shape.rows(scale)
-        self.cardinalities = {name: int(rows) for name, rows in zip(self.feature_names, self._rows, strict=True)}
+        super().__init__(shape, _DATASET_WORD, scale=scale, num_samples=num_samples, seed=seed, split=split, coupled=coupled)
         law = shape.popularity(scale)
         which = np.array([0] + [1] * BAG)  # a user and 21 items
         self._law = PopularityLaw(law.rows[which], law.exponent[which], law.shift[which])
         self._sizes = shape.category_sizes(scale)
         self._ends = self._sizes.cumsum()
-        self._step, self._offset = affine_permutations(self._rows, self._scatter)
         probes = self._probes()
         self.planted_model = PlantedSequenceModel.calibrated(seed, probes.ids, probes.dense, shape.click_rate)
 

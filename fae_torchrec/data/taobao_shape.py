@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fae_torchrec.data.popularity_law import PopularityLaw, scaled_rows
+from fae_torchrec.data.popularity_law import PopularityLaw
+from fae_torchrec.data.published_shape import PublishedShape
 from fae_torchrec.data.taobao import FEATURES
 
 HISTORY = 20
@@ -16,17 +17,11 @@ BAG = HISTORY + 1
 """Ids of each feature: the history's, then the candidate's."""
 
 
-@dataclass(frozen=True)
-class TaobaoShape:
-    """What the generator knows about Taobao.
+@dataclass(frozen=True, kw_only=True)
+class TaobaoShape(PublishedShape):
+    """What the generator knows about Taobao; the tables are of users, items and categories.
 
     Attributes:
-        title: the data set's name, for texts that say "synthetic" before it.
-        feature_names: user, item, category, as `TaobaoSource` has them.
-        num_dense: dense features.
-        published_rows: rows per table at scale 1.
-        embedding_dim: weights per row in FAE's experiments.
-        published_points: FAE Fig. 5: (hot bytes as a share of all table bytes, share of inputs that are all hot).
         coupling: how strongly the popularity of a sample's user and of its items move together (theta of a survival Clayton copula).
         exponent: Zipf exponents of users and items.
         shift: Zipf-Mandelbrot shifts of users and items, as shares of their rows: so the law is the same at every scale.
@@ -35,15 +30,8 @@ class TaobaoShape:
         follows: share of samples whose candidate goes on with the session; the others' is a new item of any category.
         category_exponent: items per category follow a Zipf-Mandelbrot law of this exponent.
         category_shift: its shift, in categories.
-        click_rate: share of positive labels.
     """
 
-    title: str
-    feature_names: tuple[str, ...]
-    num_dense: int
-    published_rows: tuple[int, int, int]
-    embedding_dim: int
-    published_points: tuple[tuple[float, float], ...]
     coupling: float
     exponent: tuple[float, float]
     shift: tuple[float, float]
@@ -52,11 +40,6 @@ class TaobaoShape:
     follows: float
     category_exponent: float
     category_shift: float
-    click_rate: float
-
-    def rows(self, scale: float) -> npt.NDArray[np.int64]:
-        """Rows of users, items and categories at `scale`, int64 [3]: see `scaled_rows`."""
-        return scaled_rows(self.published_rows, scale)
 
     def popularity(self, scale: float) -> PopularityLaw:
         """The laws of users and items at `scale`."""

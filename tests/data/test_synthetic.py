@@ -20,7 +20,8 @@ from fae_torchrec.data.calibrator import Calibrator
 from fae_torchrec.data.criteo_shape import SHAPES
 from fae_torchrec.data.generated_source import BLOCK_SAMPLES
 from fae_torchrec.data.planted_model import PlantedModel
-from fae_torchrec.data.popularity_law import KEEP_ROWS, affine_permutations
+from fae_torchrec.data.popularity_law import affine_permutations
+from fae_torchrec.data.published_shape import KEEP_ROWS
 from fae_torchrec.data.synthetic import SyntheticCriteo
 
 COUNTED, FRESH = 500_000, 100_000
