@@ -9,7 +9,8 @@ of its events are of an item that the session has seen before; a new item is in 
 makes 11 items and 2 or 3 categories of 21 events. How sessions really are is not published; these figures are made up.
 
 **Labels.** The true click probabilities (`planted_sequence`) score an AUC of 0.80. Of the logit's variance 40 % say whether the
-candidate's category occurs in the history, 35 % is a sum over the rows of the bags, 15 % is of the candidate's rows alone.
+candidate's category occurs in the history, 35 % is a sum over the rows of the bags, 15 % is of the candidate's rows alone, 10 % dense.
+One epoch of 314,573 samples at scale 3/100 brings the DLRM of taobao_synthetic.yaml to a test AUC of 0.677, TBSM (rmc1.yaml) to 0.700.
 
 **Fit.** The coupling and the laws of users and items were fitted by Nelder-Mead to FAE's three points (Fig. 5), by the closed form
 (`taobao_access`) and by counts of 5, 10 and 20 samples a user at once. Residuals (`python benchmarks/synthetic_fit.py` for those that are
