@@ -134,21 +134,19 @@ def test_what_a_step_looks_up_by_sets() -> None:
         assert (step.distinct[number], step.distinct_cold[number]) == (len(of_table), len(of_table - hot[name]))
 
 
-@pytest.mark.parametrize(
-    ("config", "overrides"),
-    [
-        ("kaggle.yaml", ["data.synthetic.scale=0.001", "model.dense_arch=[16]", "model.over_arch=[8, 1]"]),
-        ("rmc1.yaml", ["data.synthetic.scale=0.002"]),
-    ],
-    ids=["pooled", "unpooled"],
-)
-def test_ours_is_what_two_ranks_send(config: str, overrides: list[str], tmp_path: Path) -> None:
+def test_ours_is_what_two_ranks_send(tmp_path: Path) -> None:
     """The audit of `fae compare` counts each collective's bytes of a real step: the same batches, to the byte."""
     small = [
-        *("data.synthetic.train_samples=16384", "data.synthetic.test_samples=64", f"output={tmp_path}"),
+        *("data.synthetic.train_samples=16384", "data.synthetic.test_samples=64"),
         *("train.batch_size=128", "compare.count_batches=4", "profile.sample_rate=0.5"),
     ]
-    for audited in run_on_local_ranks(_audited, 2, config, [*overrides, *small], str(ROOT / "benchmarks"), timeout_s=120):
+    experiments = {
+        "kaggle.yaml": ["data.synthetic.scale=0.001", "model.dense_arch=[16]", "model.over_arch=[8, 1]", *small],  # pooled
+        "rmc1.yaml": ["data.synthetic.scale=0.002", *small],  # unpooled
+    }
+    found = run_on_local_ranks(_all_audited, 2, experiments, str(tmp_path), str(ROOT / "benchmarks"), timeout_s=120)
+    assert [list(of_rank) for of_rank in found] == [list(experiments)] * 2
+    for audited in (audited for of_rank in found for audited in of_rank.values()):
         assert audited.keys() == {"hot", "cold"}
         for kind, (sent, mine) in audited.items():
             assert sent["allgather_base"] == mine["hot_exchange"] > 0
@@ -158,9 +156,13 @@ def test_ours_is_what_two_ranks_send(config: str, overrides: list[str], tmp_path
             assert sent["cold_bytes"] == mine["cold_ids"] * (16 * 4 + 4)
 
 
-def _audited(rank: int, path: str, overrides: list[str], benchmarks: str) -> dict[str, Any]:
-    """By kind, what the audit counted and what ByteCounter does, over all ranks."""
+def _all_audited(rank: int, experiments: dict[str, list[str]], folder: str, benchmarks: str) -> dict[str, Any]:
     sys.path.insert(0, benchmarks)
+    return {path: _audited(rank, path, [*overrides, f"output={folder}/{path}"]) for path, overrides in experiments.items()}
+
+
+def _audited(rank: int, path: str, overrides: list[str]) -> dict[str, Any]:
+    """By kind, what the audit counted and what ByteCounter does, over all ranks."""
     from fae_torchrec.experiment_data import open_data
     from fae_torchrec.experiment_loader import agreement, audit_loader
     from fae_torchrec.experiment_model import experiment_model, experiment_tables
