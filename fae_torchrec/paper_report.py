@@ -11,7 +11,7 @@ from typing import Any
 
 from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.training.paper_page import paper_lines, paper_markdown, paper_page
-from fae_torchrec.training.paper_tables import GIB, WORKLOADS, recognised, unlike_model
+from fae_torchrec.training.paper_tables import GIB, WORKLOADS, data_title, recognised, unlike_model
 from fae_torchrec.training.report import write_json
 from fae_torchrec.training.report_verdicts import baseline_of
 from fae_torchrec.training.whole_file import write_whole
@@ -69,11 +69,11 @@ def of_comparison(path: str, report: Mapping[str, Any], name: str | None) -> dic
         name: of the workload; None recognises it.
 
     Returns:
-        workload, path, data (its name), synthetic, scale (of the published rows; None for files), train_samples, test_samples, epochs,
-        batch_size, device, hardware, created, unlike (how it differs from the paper's workload, sentences), not_comparable, and runs: the
-        report's figures, and beside them `baseline`, `train_s` (seconds of training: samples over samples/s), `time_ratio`,
-        `sample_bytes` (of fp32 rows that a sample brings from outside the hot tier), `bytes_ratio` and `epoch_gib` (over the train data
-        once); the ratios are to the baseline on as many ranks, None for itself.
+        workload, path, data (its name), data_title (in a few words), synthetic, scale (of the published rows; None for files),
+        train_samples, test_samples, rows, epochs, batch_size, device, hardware, created, unlike (how it differs from the paper's workload,
+        sentences), not_comparable, and runs: the report's figures, and beside them `baseline`, `train_s` (seconds of training: samples over
+        samples/s), `time_ratio`, `sample_bytes` (of fp32 rows that a sample brings from outside the hot tier), `bytes_ratio` and
+        `epoch_gib` (over the train data once). The ratios are to the baseline on as many ranks, None for itself.
 
     Raises:
         ConfigError: the workload is not recognised.
@@ -95,6 +95,7 @@ def of_comparison(path: str, report: Mapping[str, Any], name: str | None) -> dic
         "workload": name,
         "path": str(path),
         "data": data["name"],
+        "data_title": data_title(config),
         "synthetic": bool(synthetic),
         "scale": synthetic.get("scale"),
         **{key: data.get(key) for key in ("train_samples", "test_samples", "rows")},

@@ -23,6 +23,10 @@ _INTRO = (
     "What was trained here stands beside what the paper prints. It is never the same experiment: under each table is said what of the two "
     "can be held against each other, and what cannot."
 )
+_RATIOS = (
+    "Bytes of FAE over bytes of the baseline: the paper's, what FAE as published would bring with this run's hot inputs (copies at swaps "
+    "left out), and this run's."
+)
 _ALIKE = "the model and the data set are the paper's"
 _WORDS = 4  # the columns of every table that are text: workload, data, placement, ranks
 
@@ -50,8 +54,13 @@ def paper_page(report: Report) -> str:
     for key, table in TABLES.items():
         body = _html(_TABLE_OF[key](report)) or "<p>None of the runs has figures for it.</p>"
         if key == "table7":
-            body = page.figure(ratio_picture(report), "Bytes of FAE over bytes of the baseline; shorter is less.") + body
-            body += _html(_bytes(report)) + _listed(_bytes_words(report)) + _listed(readings())
+            body = (
+                page.figure(ratio_picture(report), _RATIOS)
+                + body
+                + _html(_bytes(report))
+                + _listed(_bytes_words(report))
+                + _listed(readings())
+            )
         if key == "fig14":
             body = _share_pictures(report) + body
         sections.append(page.section(f"{table.name}: {table.title}", body + page.notes(_notes(table))))
@@ -85,7 +94,7 @@ def paper_lines(report: Report) -> list[str]:
             texts = [f"{_ratio(run['time_ratio'])} times the training time of {run['baseline']}"]
             texts += [f"{_ratio(run['bytes_ratio'])} times its bytes from outside the hot tier (the paper: {_ratio(paper, NOT_AT_HAND)})"]
             texts += [f"test AUC {interval_text(auc)}" for auc in [(run.get("less_baseline") or {}).get("auc")] if auc]
-            lines.append(f"{each['workload']} ({_data(each)}), {run['placement']}, ranks {run['ranks']}: {', '.join(texts)}")
+            lines.append(f"{each['workload']} ({each['data_title']}), {run['placement']}, ranks {run['ranks']}: {', '.join(texts)}")
     return lines
 
 
@@ -97,8 +106,12 @@ def ratio_picture(report: Report) -> Picture | None:
         if workload.ratio is not None:
             bars.append((f"{name}, paper, {workload.title}", workload.ratio, SERIES[0]))
         for each in report["comparisons"]:
-            found = [run for run in each["runs"] if each["workload"] == name and run["bytes_ratio"] is not None]
-            bars += [(f"{name}, {run['placement']}, ranks {run['ranks']}, {_data(each)}", run["bytes_ratio"], SERIES[1]) for run in found]
+            for run in each["runs"] if each["workload"] == name else ():
+                if run["bytes_ratio"] is not None:
+                    label = f"{name}, {run['placement']}, ranks {run['ranks']}"
+                    if run["hot_inputs"] is not None:
+                        bars.append((f"{label}, as published (1 - hot inputs)", 1 - run["hot_inputs"], SERIES[4]))
+                    bars.append((f"{label}, {each['data_title']}", run["bytes_ratio"], SERIES[1]))
 
     def draw(axes: Sequence[Axes]) -> None:
         axis, positions = axes[0], list(range(len(bars)))
@@ -118,7 +131,7 @@ def _facts(report: Report) -> _Table:
     head = ["workload", "data", "model", "device", "train samples", "epochs", "batch size", "rows", "machine"]
     rows = [
         [
-            each["workload"], _data(each), WORKLOADS[each["workload"]].model, str(each["device"]), count_text(each["train_samples"]),
+            each["workload"], each["data_title"], WORKLOADS[each["workload"]].model, str(each["device"]), count_text(each["train_samples"]),
             str(each["epochs"]), str(each["batch_size"]), count_text(each["rows"]), page.listed(each["hardware"]),
         ]
         for each in report["comparisons"]
@@ -177,15 +190,16 @@ def _times(report: Report) -> _Table:
 
 def _transfers(report: Report) -> _Table:
     head = [
-        "workload", "data", "placement", "ranks", "hot inputs %", "bytes / sample", "GiB / epoch", "bytes / baseline's", "paper, DLRM GB",
-        "paper, FAE GB", "paper, FAE / DLRM",
+        "workload", "data", "placement", "ranks", "hot inputs %", "bytes / sample", "GiB / epoch", "bytes / baseline's", "1 - hot inputs",
+        "paper, DLRM GB", "paper, FAE GB", "paper, FAE / DLRM",
     ]  # fmt: skip
     rows = []
     for each, run in _runs(report, "sample_bytes"):
         workload = WORKLOADS[each["workload"]]
         published = [NOTHING if gb is None else f"{gb}" for gb in (workload.host_gb, workload.fae_gb)]
-        hot = NOTHING if run["hot_inputs"] is None else percent_text(run["hot_inputs"])
-        own = [hot, count_text(run["sample_bytes"]), f"{run['epoch_gib']:.3g}", _ratio(run["bytes_ratio"])]
+        hot = run["hot_inputs"]
+        own = [NOTHING if hot is None else percent_text(hot), count_text(run["sample_bytes"]), f"{run['epoch_gib']:.3g}"]
+        own += [_ratio(run["bytes_ratio"]), _ratio(None if hot is None else 1 - hot)]
         rows.append([*_first(each, run), *own, *published, _ratio(workload.ratio)])
     return _Table(head, rows)
 
@@ -194,7 +208,7 @@ def _step_shares(report: Report) -> _Table:
     """Of all comparisons, with the same categories."""
     everything = {"runs": [run for each in report["comparisons"] for run in each["runs"]]}
     head, rows = shares_table(everything)
-    of_rows = [(each["workload"], _data(each)) for each in report["comparisons"] for _ in shares_table(each)[1]]
+    of_rows = [(each["workload"], each["data_title"]) for each in report["comparisons"] for _ in shares_table(each)[1]]
     return _Table(["workload", "data", *head], [[*names, *row] for names, row in zip(of_rows, rows, strict=True)], words=5)
 
 
@@ -244,13 +258,7 @@ def _runs(report: Report, key: str) -> Iterator[tuple[Mapping[str, Any], Mapping
 
 
 def _first(each: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
-    return [each["workload"], _data(each), run["placement"], str(run["ranks"])]
-
-
-def _data(each: Mapping[str, Any]) -> str:
-    """The data in a few words, and whether they were generated."""
-    title = WORKLOADS[each["workload"]].title
-    return f"synthetic, shape of {title}" if each["synthetic"] else f"{title} files"
+    return [each["workload"], each["data_title"], run["placement"], str(run["ranks"])]
 
 
 def _spread(run: Mapping[str, Any], key: str, write: Any) -> str:

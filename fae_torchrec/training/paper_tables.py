@@ -103,8 +103,8 @@ class PaperTable:
 
 
 _UNREAD = (
-    "The paper's numbers are not at hand: its tables could not be read where this was written (only the abstract, the beginning of the "
-    "first page and the authors' code, which has no results, were), and a number that nobody looked up is not printed."
+    "Not at hand: the paper's tables could not be read where this was written (only its abstract, the beginning of its first page and the "
+    "authors' code, which has no results, were), and a number that nobody looked up is not printed."
 )
 TABLES: Mapping[str, PaperTable] = {
     "table4": PaperTable(
@@ -131,8 +131,8 @@ TABLES: Mapping[str, PaperTable] = {
         "The paper's figures as this project's issue 7 quotes them: GB, of 10 epochs.",
         "FAE's bytes over the baseline's: a ratio that neither samples nor epochs change, as long as the hot rows are as popular. Here it "
         "is of the fp32 weights of the rows that a sample brings from outside the hot tier. The baseline brings every row that it looks "
-        "up. FAE as published brings every row of a sample that is not all hot, and copies of the hot rows at swaps; FAE here only the "
-        "cold rows, and no copies.",
+        "up. FAE as published brings every row of a sample that is not all hot (the share 1 - hot inputs of the baseline's), and copies of "
+        "the hot rows at swaps; FAE here only the cold rows, and no copies.",
         "Bytes themselves: other samples, epochs and scale. The share of the bytes that is hot is the config's; the paper's is what its "
         "GPU's memory takes. Gradients on their way back and optimizer state are not counted here.",
     ),
@@ -176,6 +176,13 @@ def data_of(config: Mapping[str, Any]) -> str | None:
         return str(data["synthetic"].get("dataset"))
     kinds = {"taobao": "taobao", "avazu": "avazu", "criteo": "criteo", "criteo_npy": "criteo"}
     return next((found for kind, found in kinds.items() if data.get(kind)), None)
+
+
+def data_title(config: Mapping[str, Any]) -> str:
+    """A config's data in a few words: "synthetic, shape of Avazu", "files of Taobao"."""
+    titles, data = {workload.data: workload.title for workload in WORKLOADS.values()}, data_of(config)
+    title = "another kind" if data is None else titles.get(data, data.capitalize())
+    return f"synthetic, shape of {title}" if (config.get("data") or {}).get("synthetic") else f"files of {title}"
 
 
 def unlike_model(workload: Workload, config: Mapping[str, Any]) -> list[str]:

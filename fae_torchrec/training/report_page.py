@@ -153,10 +153,13 @@ def _shares(report: Report) -> str:
         return ""
     cells = [([Cell(escape(text), words=at in (0, 2)) for at, text in enumerate(row)], "") for row in rows]
     table = page.table([Cell(escape(title), words=at in (0, 2)) for at, title in enumerate(head)], cells)
-    picture = page.figure(
-        shares_picture(report), "Embeddings are not synchronised between hot and cold batches, so that bar has no such part."
+    picture, data = shares_picture(report), str((report.get("data") or {}).get("name") or "")
+    assert picture is not None
+    shown = page.figure(
+        picture.titled(data if data.startswith("synthetic") else ""),
+        "Embeddings are not synchronised between hot and cold batches, so no bar has such a part.",
     )
-    return picture + table + page.notes(shares_notes(report))
+    return shown + table + page.notes(shares_notes(report))
 
 
 def _popularity(profile: Mapping[str, Any], placement: Mapping[str, Any]) -> str:

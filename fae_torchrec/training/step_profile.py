@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import cycle, islice
 from typing import Any
@@ -40,7 +41,8 @@ def profile_steps(
         group: the ranks.
 
     Returns:
-        By kind ("hot", "cold", "mixed"), see `step_shares`; the same on every rank.
+        By kind ("hot", "cold", "mixed"), see `step_shares`; the same on every rank. A kind of which a rank's profiler gave nothing that can
+        be read is left out, with a warning: the run is over, and what it gave must not be lost for a figure.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13 prints a line at every start and stop otherwise
     by_kind: dict[str, list[HotColdBatch]] = {}
@@ -48,17 +50,22 @@ def profile_steps(
         by_kind.setdefault(batch.kind, []).append(batch)
     shares = {}
     for kind, of_kind in by_kind.items():
-        times = _profiled(new_pipeline(), of_kind, steps, device)
-        of_ranks: list[StepTimes] = [times] * group.size()
+        whole_turns = of_kind[: len(of_kind) // 2 * 2] or of_kind  # staged batches take turns at two halves, over the end of the list too
+        times = _profiled(new_pipeline(), whole_turns, steps, device)
+        of_ranks: list[Any] = [None] * group.size()
         dist.all_gather_object(of_ranks, times, group=group)
-        shares[kind] = step_shares(of_ranks)
+        problems = [found for found in of_ranks if isinstance(found, str)]
+        if problems and group.rank() == 0:
+            warnings.warn(f"the {kind} steps were profiled, but not to be read: {problems[0]}; their shares are left out", stacklevel=2)
+        if not problems:
+            shares[kind] = step_shares(of_ranks)
     return shares
 
 
 def _profiled(
     pipeline: TrainPipelineSparseDist[HotColdBatch, Any], batches: list[HotColdBatch], steps: int, device: torch.device
-) -> StepTimes:
-    """Steps in the middle of a pass: every one of them starts what later ones need, and none is the last."""
+) -> StepTimes | str:
+    """Steps in the middle of a pass: each starts what later ones need, and none is the last. A text says why their times are missing."""
     several = islice(cycle(batches), 2 * _SETTLE + steps)
     for _ in range(_SETTLE):
         pipeline.progress(several)
@@ -79,8 +86,12 @@ def _profiled(
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trace.json")
         seen.export_chrome_trace(path)
-        with open(path, encoding="utf-8") as file:
-            return step_times(json.load(file)["traceEvents"])
+        try:
+            with open(path, encoding="utf-8") as file:
+                times = step_times(json.load(file)["traceEvents"])
+        except ValueError as error:
+            return str(error)
+    return "the profiler saw no kernel of the GPU" if device.type == "cuda" and not times.on_device else times
 
 
 def _wait_for(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from fae_torchrec.core.schedule import ShuffleSchedule
 from fae_torchrec.distributed.local_ranks import run_on_local_ranks
 from fae_torchrec.modules.model_tables import model_tables
+from fae_torchrec.training import step_profile
 from fae_torchrec.training.step_profile import profile_steps
 from fae_torchrec.training.step_shares import CATEGORIES, PROFILED, STEP, StepTimes, category, step_shares, step_times
 from fae_torchrec.training.train_pipeline import FAETrainPipeline
@@ -165,6 +167,29 @@ def test_a_trace_without_ranges() -> None:
         step_times(HOST[1:])
     with pytest.raises(ValueError, match="profiled step ##"):
         step_times([each for each in HOST if each["name"] != STEP])
+
+
+def _unreadable(rank: int) -> dict[str, Any]:
+    """The second rank's trace cannot be read."""
+    if rank:
+        step_profile.step_times = lambda events: step_times([])  # type: ignore[assignment]
+    group = dist.group.WORLD
+    unsharded = new_model()
+    placement = new_placement(model_tables(unsharded))
+    model, optimizer = sharded(unsharded, placement)
+    loader = new_loader(Samples(64), placement, ShuffleSchedule("fixed"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shares = profile_steps(lambda: FAETrainPipeline(model, optimizer, CPU), loader, 1, CPU, group)
+    return {"shares": shares, "warned": [str(each.message) for each in caught if "left out" in str(each.message)]}
+
+
+def test_a_trace_that_cannot_be_read_loses_nothing_else() -> None:
+    """Of one rank alone: every rank leaves the kind out, none hangs, and the first says why."""
+    first, second = run_on_local_ranks(_unreadable, 2, timeout_s=240)
+    assert first["shares"] == second["shares"] == {} and second["warned"] == []
+    assert [text.partition(" steps")[0] for text in first["warned"]] == ["the cold", "the hot"]
+    assert "has no range" in first["warned"][0]
 
 
 STEPS = 4
