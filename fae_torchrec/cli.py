@@ -234,7 +234,8 @@ def _add_paper(command: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="REPORT",
         help="instead of --config: report.json of one or more runs of `fae compare` on the paper's workloads (RMC1 Taobao, RMC2 Kaggle, "
-        "RMC3 Terabyte, RMC4 Avazu, SYN-M1 to SYN-M4), which are recognised by their data and their model's widths",
+        "RMC3 Terabyte, RMC4 Avazu, SYN-M1 to SYN-M4), which are recognised by their data and their model's widths; without --output what "
+        "is written goes to runs/paper",
     )
     add(
         "--workload",

@@ -13,7 +13,7 @@ from fae_torchrec.core.errors import ConfigError
 from fae_torchrec.training.paper_page import paper_lines, paper_markdown, paper_page
 from fae_torchrec.training.paper_tables import GIB, WORKLOADS, data_title, recognised, unlike_model
 from fae_torchrec.training.report import write_json
-from fae_torchrec.training.report_verdicts import baseline_of
+from fae_torchrec.training.report_verdicts import baseline_of, overlap_text
 from fae_torchrec.training.whole_file import write_whole
 
 _OUTPUT = "runs/paper"
@@ -72,8 +72,9 @@ def of_comparison(path: str, report: Mapping[str, Any], name: str | None) -> dic
         workload, path, data (its name), data_title (in a few words), synthetic, scale (of the published rows; None for files),
         train_samples, test_samples, rows, epochs, batch_size, device, hardware, created, unlike (how it differs from the paper's workload,
         sentences), not_comparable, and runs: the report's figures, and beside them `baseline`, `train_s` (seconds of training: samples over
-        samples/s), `time_ratio`, `sample_bytes` (of fp32 rows that a sample brings from outside the hot tier), `bytes_ratio` and
-        `epoch_gib` (over the train data once). The ratios are to the baseline on as many ranks, None for itself.
+        samples/s), `time_ratio`, `time_note` (of spreads that overlap), `sample_bytes` (of fp32 rows that a sample brings from outside the
+        hot tier), `bytes_ratio` and `epoch_gib` (over the train data once). The ratios are to the baseline on as many ranks, None for
+        itself.
 
     Raises:
         ConfigError: the workload is not recognised.
@@ -170,6 +171,7 @@ def _of_run(run: Mapping[str, Any], base: Mapping[str, Any] | None, row_bytes: i
         "baseline": None if base is None else base["placement"],
         "train_s": run["samples"] / speed if speed and run.get("samples") else None,
         "time_ratio": base_speed / speed if speed and base_speed else None,
+        "time_note": "" if other is None else overlap_text(run, other, "samples_per_s"),
         "sample_bytes": None if cold is None else cold * row_bytes,
         "bytes_ratio": cold / base_cold if cold is not None and base_cold else None,
         "epoch_gib": None if cold is None else cold * row_bytes * epoch / GIB,

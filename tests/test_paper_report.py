@@ -73,6 +73,16 @@ def test_ratios_and_bytes_by_hand() -> None:
     assert (alone["baseline"], alone["time_ratio"], alone["bytes_ratio"]) == (None, None, None), "no stock on one rank"
 
 
+def test_spreads_that_overlap_show_no_difference() -> None:
+    report = comparison(
+        runs=[run("stock", samples_per_s_spread=[1500.0, 4000.0]), run("fae", samples_per_s=4096.0, samples_per_s_spread=[3900.0, 4200.0])]
+    )
+    note = of_comparison("r.json", report, None)["runs"][1]["time_note"]
+    assert "no difference shown" in note
+    report["runs"][0]["samples_per_s_spread"] = [1500.0, 3800.0]
+    assert of_comparison("r.json", report, None)["runs"][1]["time_note"] == ""
+
+
 def test_the_papers_numbers() -> None:
     """Table 7 as issue 7 quotes it; the ratios to three digits; what the baseline equals."""
     ratios = {name: round(workload.ratio, 3) for name, workload in WORKLOADS.items() if workload.ratio is not None}

@@ -91,7 +91,7 @@ def paper_lines(report: Report) -> list[str]:
         for run in each["runs"]:
             if run["time_ratio"] is None and run["bytes_ratio"] is None:
                 continue
-            texts = [f"{_ratio(run['time_ratio'])} times the training time of {run['baseline']}"]
+            texts = [f"{_ratio(run['time_ratio'])} times the training time of {run['baseline']}{run['time_note']}"]
             texts += [f"{_ratio(run['bytes_ratio'])} times its bytes from outside the hot tier (the paper: {_ratio(paper, NOT_AT_HAND)})"]
             texts += [f"test AUC {interval_text(auc)}" for auc in [(run.get("less_baseline") or {}).get("auc")] if auc]
             lines.append(f"{each['workload']} ({each['data_title']}), {run['placement']}, ranks {run['ranks']}: {', '.join(texts)}")
@@ -180,7 +180,7 @@ def _times(report: Report) -> _Table:
             *_first(each, run),
             _spread(run, "samples_per_s", count_text),
             _figure(run["train_s"]),
-            _ratio(run["time_ratio"]),
+            f"{_ratio(run['time_ratio'])}{run['time_note']}",
             *2 * [NOT_AT_HAND],
         ]
         for each, run in _runs(report, "samples_per_s")

@@ -49,7 +49,7 @@ def _differences(run: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     ):
         if run.get(key) is not None and base.get(key):
             texts.append(f"{run[key] / base[key]:.2f} times {words}")
-            texts[-1] += _overlap(run, base, key)
+            texts[-1] += overlap_text(run, base, key)
     auc = (run.get("less_baseline") or {}).get("auc")
     if auc and auc.get("value") is not None:
         texts.append(f"test AUC {interval_text(auc)}")
@@ -58,11 +58,12 @@ def _differences(run: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     elif run.get("test_auc") is not None and base.get("test_auc") is not None:
         texts.append(f"test AUC {run['test_auc'] - base['test_auc']:+.4f}")
     if run.get("printed_auroc") is not None and base.get("printed_auroc") is not None:
-        texts.append(f"printed AUROC {run['printed_auroc'] - base['printed_auroc']:+.6f}{_overlap(run, base, 'printed_auroc')}")
+        texts.append(f"printed AUROC {run['printed_auroc'] - base['printed_auroc']:+.6f}{overlap_text(run, base, 'printed_auroc')}")
     return texts or ["no figures in common"]
 
 
-def _overlap(run: Mapping[str, Any], base: Mapping[str, Any], key: str) -> str:
+def overlap_text(run: Mapping[str, Any], base: Mapping[str, Any], key: str) -> str:
+    """What to add to a ratio of two runs whose figures' spreads overlap; nothing where they do not, or are not known."""
     ours, theirs = run.get(f"{key}_spread"), base.get(f"{key}_spread")
     overlaps = ours and theirs and ours[0] <= theirs[1] and theirs[0] <= ours[1]
     return " (the spreads overlap: no difference shown)" if overlaps else ""
