@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torchrec.datasets.utils import Batch
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from fae_torchrec.core.errors import ConfigError, DataError
 from fae_torchrec.core.tables import Optimizer
@@ -175,6 +176,44 @@ def test_a_trial_counts_multiplications_and_needs_one_row_a_table() -> None:
 def test_outputs_of_another_shape(wrong: Callable[..., Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         try_model(_build(lambda spec: Summed(spec, wrong)), next(Samples(7).batches(7)))
+
+
+class Pooled(nn.Module):
+    """A layer over what the bags give, as `joined` puts it together from the KeyedTensor; with a dropout, which is random."""
+
+    def __init__(self, joined: Callable[[KeyedTensor], torch.Tensor]) -> None:
+        super().__init__()
+        tables = [EmbeddingBagConfig(name=f"t_{name}", num_embeddings=1, embedding_dim=8, feature_names=[name]) for name in ROWS]
+        self.bags, self.joined = EmbeddingBagCollection(tables=tables), joined
+        self.over = nn.Sequential(nn.Dropout(0.5), nn.Linear(8 * len(ROWS), 1))
+
+    def forward(self, batch: Batch) -> Any:
+        logits = self.over(self.joined(self.bags(batch.sparse_features))).squeeze(1)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        return loss, (loss.detach(), logits.detach(), batch.labels)
+
+
+def test_a_model_must_take_features_by_name() -> None:
+    batch = next(Samples(7).batches(7))
+    torch.manual_seed(1)
+    try_model(Pooled(lambda pooled: torch.cat([pooled[name] for name in ROWS], dim=1)), batch)
+    for joined in (KeyedTensor.values, lambda pooled: torch.cat(list(pooled.to_dict().values()), dim=1)):
+        with pytest.raises(ConfigError, match="depend on the order in which a collection gives its features"):
+            try_model(Pooled(joined), batch)
+    unsteady = Pooled(lambda pooled: pooled.values() * next(numbers))
+    numbers = iter(range(9))
+    try_model(unsteady, batch)  # nothing can be told of it
+
+
+def test_an_unpooled_model_must_too() -> None:
+    class Firsts(Summed):
+        def forward(self, batch: Batch) -> Any:
+            given = super().forward(batch)
+            (first, *_) = self.collection(batch.sparse_features).values()
+            return given[0], (given[1][0], given[1][1] + first.values().sum().detach(), given[1][2])
+
+    with pytest.raises(ConfigError, match="depend on the order"):
+        try_model(_build(Firsts), next(Samples(7).batches(7)))
 
 
 def test_an_error_of_ours_stays_as_it_is() -> None:
