@@ -6,7 +6,7 @@ rank's in the law of all items: so that law holds whatever the categories, and a
 
 **Sessions.** A sample has one level of popularity, which its user and its items share by a survival Clayton copula, as in `synthetic`. Half
 of its events are of an item that the session has seen before; a new item is in the category of the event before it 17 times of 20. That
-makes 11 items and 2 or 3 categories of 21 events. How sessions really are is not published; these figures are made up.
+makes 11 items and 3 categories of 21 events, in the mean at scale 1. How sessions really are is not published; these figures are made up.
 
 **Labels.** The true click probabilities (`planted_sequence`) score an AUC of 0.80. Of the logit's variance 40 % say whether the
 candidate's category occurs in the history, 35 % is a sum over the rows of the bags, 15 % is of the candidate's rows alone, 10 % dense.
