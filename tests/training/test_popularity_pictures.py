@@ -51,6 +51,15 @@ def test_nothing_to_draw_is_no_picture() -> None:
     assert popularity_pictures({}) == {}
 
 
+@pytest.mark.parametrize(
+    ("source", "title"), [("synthetic criteo kaggle, scale 1", "synthetic criteo kaggle, scale 1"), ("clicks.csv", "")]
+)
+def test_pictures_of_generated_data_say_so(values: dict[str, Any], source: str, title: str) -> None:
+    pictures = popularity_pictures({**values, "profile": {**values["profile"], "source": source}})
+    assert len(pictures) == 4
+    assert {picture.title for picture in pictures.values()} == {title}
+
+
 def test_skew_draws_the_largest_tables(values: dict[str, Any]) -> None:
     names = [text for text in texts(skew_picture(values["profile"])) if text.endswith("rows)")]
     assert names[0] == "t_cat_9 (12.1 k rows)"
