@@ -217,7 +217,8 @@ class TrainConfig:
         batch_size: samples per rank and step.
         epochs: passes over the train data.
         learning_rate: of the embeddings.
-        dense_learning_rate: of all other weights.
+        dense_learning_rate: of all other weights, by Adagrad, whose first steps move every weight by about as much: 0.01 leaves most units
+            of a deep MLP dead.
         optimizer: of the embeddings.
         seed: of the start weights.
         device: where to train.
@@ -233,7 +234,7 @@ class TrainConfig:
     batch_size: int = within(1024, 1)
     epochs: int = within(1, 1)
     learning_rate: float = within(0.05, 0, above=True)
-    dense_learning_rate: float = within(0.01, 0, above=True)
+    dense_learning_rate: float = within(0.003, 0, above=True)
     optimizer: Optimizer = Optimizer.ROWWISE_ADAGRAD
     seed: int = within(0, 0)
     device: Literal["cpu", "cuda"] = "cpu"

@@ -123,3 +123,27 @@ def test_it_trains_at_a_tiny_scale(name: str, tmp_path: Path, capfd: pytest.Capt
     run = json.loads(capfd.readouterr().out)
     assert run["steps"] == 4 and run["samples"] == 4 * 256 and 0 < run["train_loss"] < 20
     assert 0 < run["hot_inputs"] < 1, "both kinds of samples"
+
+
+@pytest.mark.parametrize(("rate", "lives"), [(None, True), (0.01, False)])
+def test_the_dense_rate_leaves_the_bottom_mlp_alive(rate: float | None, lives: bool) -> None:
+    """At 0.01, which the configs once had, Adagrad's first steps left most units of RMC2's bottom MLP at zero for every sample; which of
+    them was chance, so that a run in another order could lose 0.036 of AUC."""
+    tiny = [part for part in TINY if "train_samples" not in part]
+    overrides = [*tiny, "data.synthetic.train_samples=16384", *([] if rate is None else [f"train.dense_learning_rate={rate}"])]
+    config = load_config(CONFIGS / "kaggle.yaml", overrides)
+    data = open_data(config)
+    model = experiment_model(config, data, torch.device("cpu"))
+    dense = [weight for name, weight in model.named_parameters() if "embedding_bags" not in name]
+    optimizer = torch.optim.Adagrad(dense, lr=config.train.dense_learning_rate)  # as `build_optimizer` has it
+    for batch in data.train.batches(2048):
+        optimizer.zero_grad()
+        loss, _ = model(batch)
+        loss.backward()
+        optimizer.step()
+    bottom = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][:4]  # 512-256-64-16
+    vectors, alive = batch.dense_features, []
+    for layer in bottom:
+        vectors = torch.relu(layer(vectors))
+        alive.append(float((vectors > 0).any(0).float().mean()))
+    assert (min(alive) > 0.5) == lives, alive
