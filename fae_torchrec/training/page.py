@@ -142,9 +142,11 @@ def share_text(share: float) -> str:
 
 
 def listed(values: Mapping[str, Any] | None) -> str:
-    """Names and values side by side: "cores 2, ram 23.5 GiB"; what is null or empty is left out."""
+    """Names and values side by side: "cores 2, ram 23.5 GiB, gpus H200 (140 GiB)"; what is null or empty is left out."""
     texts = []
     for name, value in (values or {}).items():
+        if name == "gpus":  # [name, bytes of memory] of each
+            value = " + ".join(f"{gpu} ({bytes_text(memory)})" for gpu, memory in value)
         if value not in (None, [], (), ""):
             texts.append(f"{name.removesuffix('_bytes')} {bytes_text(value)}" if name.endswith("_bytes") else f"{name} {value}")
     return ", ".join(texts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fae_torchrec.training.page import listed
 from fae_torchrec.training.report import html_report, markdown_report, text_table, write_report
 from fae_torchrec.training.report_pictures import breakdown_picture, loss_picture, throughput_picture
 from fae_torchrec.training.report_shares import shares_lines, shares_picture, shares_table
@@ -291,3 +292,7 @@ def test_shares_of_a_step(report: dict[str, Any]) -> None:
     assert picture is not None
     bars, legend = picture.svg().count("ms<"), [name for name in ("embedding exchange", "forward", "idle") if f">{name}<" in picture.svg()]
     assert bars == len(rows) and legend == ["embedding exchange", "forward"]
+
+
+def test_gpus_are_named_with_their_memory() -> None:
+    assert listed({"cores": 16, "gpus": [["H200", 140 << 30], ["H200", 140 << 30]]}) == "cores 16, gpus H200 (140 GiB) + H200 (140 GiB)"
