@@ -127,8 +127,8 @@ def test_it_trains_at_a_tiny_scale(name: str, tmp_path: Path, capfd: pytest.Capt
 
 @pytest.mark.parametrize(("rate", "lives"), [(None, True), (0.01, False)])
 def test_the_dense_rate_leaves_the_bottom_mlp_alive(rate: float | None, lives: bool) -> None:
-    """At 0.01, which the configs once had, Adagrad's first steps left most units of RMC2's bottom MLP at zero for every sample; which of
-    them was chance, so that a run in another order could lose 0.036 of AUC."""
+    # At 0.01, which the configs once had, Adagrad's first steps left most units of RMC2's bottom MLP at zero for every sample; how many was
+    # chance, so that a run in another order could lose 0.036 of AUC.
     tiny = [part for part in TINY if "train_samples" not in part]
     overrides = [*tiny, "data.synthetic.train_samples=16384", *([] if rate is None else [f"train.dense_learning_rate={rate}"])]
     config = load_config(CONFIGS / "kaggle.yaml", overrides)

@@ -111,6 +111,33 @@ def log_shares(axis: Axes, shares: Sequence[float]) -> None:
         axis.set_xlim(low / 2, 2 * high if high < 0.5 else 1.1)
 
 
+def stacked_ms(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]], colours: Mapping[str, str], what: str, columns: int) -> None:
+    """Horizontal bars of milliseconds, each stacked from its parts, with its sum beside it.
+
+    Args:
+        axis: drawn on.
+        rows: label and milliseconds by part, from top to bottom.
+        colours: part -> colour, in the order of stacking; the parts' names are the legend's. A part that no row has is left out.
+        what: of the axis.
+        columns: of the legend.
+    """
+    positions = list(range(len(rows)))
+    left = [0.0] * len(rows)
+    for part, colour in colours.items():
+        widths = [values.get(part) or 0.0 for _, values in rows]
+        if any(widths):
+            axis.barh(positions, widths, left=left, color=colour, height=0.72, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    for position, total in zip(positions, left, strict=True):
+        axis.annotate(f"{total:.1f} ms", (total, position), xytext=(5, 0), textcoords="offset points", va="center")
+    axis.set_yticks(positions, [label for label, _ in rows])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(0, 1.12 * max([*left, 1e-9]))
+    axis.set_xlabel(what)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=9)
+
+
 def short_count(value: float, _: object = None) -> str:
     """A number of up to four digits: 12, 1.5 k, 2.2 M."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):

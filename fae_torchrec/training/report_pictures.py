@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fae_torchrec.training.picture import INK, SERIES, Picture, short_count
+from fae_torchrec.training.picture import INK, SERIES, Picture, short_count, stacked_ms
 
 Report = Mapping[str, Any]
 
@@ -91,20 +91,9 @@ def _bars(axis: Axes, runs: Sequence[Mapping[str, Any]], key: str, title: str) -
 def _breakdown(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]]) -> None:
     parts = ["input_dist", "forward", "backward", "optimizer"]
     parts += sorted({name for _, values in rows for name in values} - set(parts))
-    positions = list(range(len(rows)))
-    left = [0.0] * len(rows)
-    for part, colour in zip(parts, (*SERIES[3:], *SERIES[:3]), strict=False):  # not the placements' colours
-        widths = [values.get(part) or 0.0 for _, values in rows]
-        axis.barh(positions, widths, left=left, color=colour, height=0.72, label=part.replace("_", " "))
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    for position, total in zip(positions, left, strict=True):
-        axis.annotate(f"{total:.1f} ms", (total, position), xytext=(5, 0), textcoords="offset points", va="center")
-    axis.set_yticks(positions, [label for label, _ in rows])
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, 1.12 * max([*left, 1e-9]))
-    axis.set_xlabel("milliseconds of one step")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts), fontsize=9)
+    colours = dict(zip(parts, (*SERIES[3:], *SERIES[:3]), strict=False))  # not the placements' colours
+    named = [(label, {part.replace("_", " "): ms for part, ms in values.items()}) for label, values in rows]
+    stacked_ms(axis, named, {part.replace("_", " "): colour for part, colour in colours.items()}, "milliseconds of one step", len(parts))
 
 
 def _losses(axis: Axes, runs: Iterable[Mapping[str, Any]], title: str) -> None:

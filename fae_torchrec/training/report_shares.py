@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from matplotlib.axes import Axes
-
-from fae_torchrec.training.picture import LINE, SERIES, Picture
+from fae_torchrec.training.picture import LINE, SERIES, Picture, stacked_ms
 from fae_torchrec.training.report_table import percent_text
 from fae_torchrec.training.report_verdicts import ranks_text
 from fae_torchrec.training.step_shares import CATEGORIES
@@ -65,8 +63,15 @@ def shares_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def shares_picture(report: Report) -> Picture | None:
     """Milliseconds of a step by category, a bar for every run and kind of batch."""
-    rows = [(f"{run['placement']}, {ranks_text(run)}, {kind}", found["milliseconds"]) for run, kind, found in shares_of(report)]
-    return Picture(lambda axes: _stacked(axes[0], rows), (11.4, 1.5 + 0.32 * len(rows))) if rows else None
+    rows = [
+        (f"{run['placement']}, {ranks_text(run)}, {kind}", {_words(name): ms for name, ms in found["milliseconds"].items()})
+        for run, kind, found in shares_of(report)
+    ]
+    colours = {_words(name): colour for name, colour in _COLOURS.items()}
+    height = 1.5 + 0.32 * len(rows)
+    return (
+        Picture(lambda axes: stacked_ms(axes[0], rows, colours, "milliseconds of one profiled step", 5), (11.4, height)) if rows else None
+    )
 
 
 def shares_notes(report: Report) -> dict[str, str]:
@@ -74,24 +79,6 @@ def shares_notes(report: Report) -> dict[str, str]:
     if not any(shares_of(report)):
         return {}
     return {"How the shares were taken": _HOW, **{_words(name): f"{meaning}." for name, meaning in CATEGORIES.items()}}
-
-
-def _stacked(axis: Axes, rows: Sequence[tuple[str, Mapping[str, float]]]) -> None:
-    positions = list(range(len(rows)))
-    left = [0.0] * len(rows)
-    for name, colour in _COLOURS.items():
-        widths = [values.get(name) or 0.0 for _, values in rows]
-        if any(widths):
-            axis.barh(positions, widths, left=left, color=colour, height=0.72, label=_words(name))
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-    for position, total in zip(positions, left, strict=True):
-        axis.annotate(f"{total:.1f} ms", (total, position), xytext=(5, 0), textcoords="offset points", va="center")
-    axis.set_yticks(positions, [label for label, _ in rows])
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, 1.12 * max([*left, 1e-9]))
-    axis.set_xlabel("milliseconds of one profiled step")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, fontsize=9)
 
 
 def _words(name: str) -> str:
