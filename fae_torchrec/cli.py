@@ -245,6 +245,12 @@ def _add_paper(command: argparse.ArgumentParser) -> None:
         help="with --paper: take this report for a workload, whatever it trained; the page says how it differs; may be repeated",
     )
     add("--bytes", metavar="FILE", help="with --paper: what benchmarks/paper_bytes.py counted, for Table 7 (JSON)")
+    add(
+        "--numbers",
+        metavar="FILE",
+        help="with --paper: what you read in the paper's Tables 4 and 5 and Fig. 14, which this project could not look up (YAML or JSON, "
+        "docs/paper.md has a template); it stands on the page as from FILE",
+    )
 
 
 def _add_what_if(command: argparse.ArgumentParser) -> None:

@@ -93,7 +93,7 @@ def is_of_paper(arguments: Namespace) -> bool:
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: received with --paper, which reads finished runs; leave out one of them")
         return True
-    wrong = [name for name, value in (("--workload", arguments.workload), ("--bytes", arguments.bytes)) if value]
+    wrong = [f"--{name}" for name in ("workload", "bytes", "numbers") if getattr(arguments, name)]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}: given without --paper; add it, or leave them out")
     if arguments.config is None:

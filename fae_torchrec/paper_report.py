@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fae_torchrec.core.errors import ConfigError
+from fae_torchrec.paper_numbers import read_numbers
 from fae_torchrec.training.paper_page import paper_lines, paper_markdown, paper_page
 from fae_torchrec.training.paper_tables import GIB, WORKLOADS, data_title, recognised, unlike_model
 from fae_torchrec.training.report import write_json
@@ -26,7 +27,11 @@ _SCHEMES = (("stock_host", None), ("as_published", None), ("ours", "host"), ("ou
 
 
 def paper_report(
-    paths: Sequence[str], named: Mapping[str, Sequence[str]], command: Sequence[str], bytes_path: str | None = None
+    paths: Sequence[str],
+    named: Mapping[str, Sequence[str]],
+    command: Sequence[str],
+    bytes_path: str | None = None,
+    numbers_path: str | None = None,
 ) -> dict[str, Any]:
     """Reads comparisons and says what of them stands beside the paper.
 
@@ -35,12 +40,15 @@ def paper_report(
         named: workload -> further reports, taken for it whatever they trained.
         command: the command line, for the report.
         bytes_path: what benchmarks/paper_bytes.py wrote, or None.
+        numbers_path: the paper's numbers as a reader wrote them down, or None.
 
     Returns:
-        Plain values: schema, kind "paper", created, command, comparisons (see `of_comparison`), bytes (see `counted_bytes`).
+        Plain values: schema, kind "paper", created, command, comparisons (see `of_comparison`), bytes (see `counted_bytes`), numbers
+        (see `fae_torchrec.paper_numbers`; None without a file).
 
     Raises:
-        ConfigError: no report, a file that is none, or a workload that is not recognised or does not exist.
+        ConfigError: no report, a file that is none, or a workload that is not recognised or does not exist;
+            numbers that cannot be.
     """
     for name in named:
         if name not in WORKLOADS:
@@ -57,6 +65,7 @@ def paper_report(
         "command": list(command),
         "comparisons": sorted(found, key=lambda each: order.index(each["workload"])),
         "bytes": None if bytes_path is None else counted_bytes(bytes_path),
+        "numbers": None if numbers_path is None else read_numbers(numbers_path),
     }
 
 
@@ -145,7 +154,7 @@ def run_paper_report(arguments: Namespace) -> int:
         if not (name and equals and path):
             raise ConfigError(f"--workload: received {given!r}; give NAME=REPORT, such as RMC2=runs/kaggle/report.json")
         named.setdefault(name, []).append(path)
-    report = paper_report(arguments.paper, named, arguments.command_line, arguments.bytes)
+    report = paper_report(arguments.paper, named, arguments.command_line, arguments.bytes, arguments.numbers)
     paths = write_paper_report(report, arguments.output or _OUTPUT)
     if arguments.json:
         print(paths[0].read_text(encoding="utf-8").rstrip())

@@ -21,7 +21,7 @@ _SAID: dict[Any, str] = {Any: "a value", bool: "true or false", int: "a whole nu
 
 
 def within(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """A dataclass field whose number (or every number of a list) must be at least (`above`: more than) `low` and at most `high`."""
+    """A dataclass field whose number (or each of a list or mapping) must be at least (`above`: more than) `low` and at most `high`."""
     return field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
@@ -90,8 +90,8 @@ def read_section(section: type[_T], values: Any, key: str = "") -> _T:
 
     Args:
         section: a dataclass whose fields are int, float, str, bool, Literal, Enum, a dataclass, `tuple[x, ...]`, `Mapping[str, x]` (with
-            Any: what the file has) or any of these `| None`. A field's metadata may hold a range (`within`) or `read`, which turns the
-            given value into plain values.
+            Any: what the file has), `x | Mapping[str, x]` or any of these `| None`. A field's metadata may hold a range (`within`) or
+            `read`, which turns the given value into plain values.
         values: the mapping.
         key: its dotted key, for messages.
 
@@ -133,7 +133,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, for which a repeated key is a mistake instead of the last one winning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _unique([(key.value, None) for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"])
+        _unique([(key.value, None) for key, _ in node.value if key.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:int")])
         return super().construct_mapping(node, deep)
 
 
@@ -162,6 +162,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if value is None and type(None) in args:
             return None
         options = [option for option in args if option is not type(None)]
+        if len(options) > 1 and any(map(_is_mapping, options)):  # one value for all, or one each by name
+            return _value(next(option for option in options if _is_mapping(option) is isinstance(value, Mapping)), value, key)
         if len(options) > 1:  # int | str, the one true union: parsed by its own section
             if isinstance(value, bool) or not isinstance(value, tuple(options)):
                 raise _wrong(key, value, " or ".join(option.__name__ for option in options))
@@ -179,9 +181,9 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise _wrong(key, value, f"a list, such as [{value}]")
         return tuple(_value(args[0], item, f"{key}[{index}]") for index, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
+    if _is_mapping(hint):
         if not isinstance(value, Mapping):
-            raise _wrong(key, value, f"a mapping of names, each to {_SAID[args[1]]}")
+            raise _wrong(key, value, f"a mapping of names, each to {_SAID.get(args[1], 'a mapping')}")
         return {str(name): _value(args[1], item, _join(key, name)) for name, item in value.items()}
     if hint is float and not isinstance(value, bool):
         number = _number(value)
@@ -191,6 +193,11 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
         raise _wrong(key, value, _SAID[hint])
     return value
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin = get_origin(hint)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def _number(value: Any) -> float | None:
@@ -207,6 +214,10 @@ def _wrong(key: str, value: Any, expected: str) -> ConfigError:
 
 
 def _check_range(value: Any, metadata: Mapping[str, Any], key: str) -> None:
+    if isinstance(value, Mapping) and "low" in metadata:
+        for name, item in value.items():
+            _check_range(item, metadata, _join(key, name))
+        return
     for number in value if isinstance(value, tuple) else (value,):
         if number is None or "low" not in metadata:
             continue

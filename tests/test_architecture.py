@@ -18,7 +18,7 @@ FLOORS = {
     "experiment_store": 4, "compare": 4, "paper_report": 4, "popularity_report": 4, "report_parts": 4, "doctor": 4, "launch": 4,
     "launch_config": 4, "launch_parts": 4, "launch_patches": 4, "launch_placement": 4, "launch_profile": 4, "launch_ranks": 4,
     "launch_rebundling": 4, "launch_report": 4, "launch_script": 4, "launch_standins": 4,
-    "cli": 4, "commands": 4, "experiment_loader": 4, "experiment_measures": 4,
+    "cli": 4, "commands": 4, "paper_numbers": 4, "experiment_loader": 4, "experiment_measures": 4,
     "compare_script": 4, "compare_scores": 4, "compare_turns": 4,
     "measure": 4, "what_if": 4, "plan": 4, "experiment_plan": 4, "experiment_model": 4, "experiment_placement": 4,
 }  # fmt: skip

@@ -10,7 +10,17 @@ from matplotlib.axes import Axes
 
 from fae_torchrec.training import page
 from fae_torchrec.training.page import Cell
-from fae_torchrec.training.paper_tables import ASIDE, NOT_AT_HAND, TABLES, WORKLOADS, PaperTable, readings
+from fae_torchrec.training.paper_given import (
+    from_file,
+    given,
+    minutes_texts,
+    paper_heads,
+    scores_texts,
+    shares_given,
+    source_text,
+    time_ratio_text,
+)
+from fae_torchrec.training.paper_tables import ASIDE, NOT_AT_HAND, TABLES, WORKLOADS, readings
 from fae_torchrec.training.picture import SERIES, Picture
 from fae_torchrec.training.report_markdown import markdown_table
 from fae_torchrec.training.report_shares import shares_notes, shares_picture, shares_table
@@ -62,12 +72,13 @@ def paper_page(report: Report) -> str:
                 + _listed(readings())
             )
         if key == "fig14":
-            body = _share_pictures(report) + body
-        sections.append(page.section(f"{table.name}: {table.title}", body + page.notes(_notes(table))))
+            body = _share_pictures(report) + body + _html(_shares_given(report))
+        sections.append(page.section(f"{table.name}: {table.title}", body + page.notes(_notes(report, key))))
     notes = {text: value for each in report["comparisons"] for text, value in shares_notes(each).items()}
     sections.append(page.section("The categories of a step's time", page.notes(notes) if notes else ""))
     facts = {"created": str(report.get("created") or ""), "command": " ".join(map(str, report.get("command") or ()))}
     facts |= {f"{each['workload']}, {each['path']}": each["data"] for each in report["comparisons"]}
+    facts |= {"numbers of the paper": report["numbers"]["path"]} if report.get("numbers") else {}
     sections.append(page.section("Provenance", page.facts(facts)))
     return page.document("These runs beside FAE's paper", "fae_torchrec report --paper", "", sections)
 
@@ -79,19 +90,23 @@ def paper_markdown(report: Report) -> str:
         blocks += [f"## {table.name}: {table.title}", _markdown(_TABLE_OF[key](report))]
         if key == "table7":
             blocks += [_markdown(_bytes(report)), _bullets([*_bytes_words(report), *readings()])]
-        blocks += [_bullets([f"{term}: {text}" for term, text in _notes(table).items()])]
+        if key == "fig14":
+            blocks += [_markdown(_shares_given(report))]
+        blocks += [_bullets([f"{term}: {text}" for term, text in _notes(report, key).items()])]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def paper_lines(report: Report) -> list[str]:
-    """For a terminal: a line for every run that has a baseline, with the paper's ratio of bytes."""
+    """For a terminal: a line for every run that has a baseline, with the paper's ratio of bytes, and of times if a file gives it."""
     lines = []
     for each in report["comparisons"]:
         paper = WORKLOADS[each["workload"]].ratio
         for run in each["runs"]:
             if run["time_ratio"] is None and run["bytes_ratio"] is None:
                 continue
+            times = time_ratio_text(report, each["workload"])
             texts = [f"{_ratio(run['time_ratio'])} times the training time of {run['baseline']}{run['time_note']}"]
+            texts[0] += f" (the paper, {from_file(report)}: {times})" if times else ""
             texts += [f"{_ratio(run['bytes_ratio'])} times its bytes from outside the hot tier (the paper: {_ratio(paper, NOT_AT_HAND)})"]
             texts += [f"test AUC {interval_text(auc)}" for auc in [(run.get("less_baseline") or {}).get("auc")] if auc]
             lines.append(f"{each['workload']} ({each['data_title']}), {run['placement']}, ranks {run['ranks']}: {', '.join(texts)}")
@@ -162,30 +177,32 @@ def _scores(report: Report) -> _Table:
         "AUC",
         "logloss",
         "AUC less baseline (95 %)",
-        "paper, baseline",
-        "paper, FAE",
+        *paper_heads(report, "table4"),
     ]
     rows = []
     for each, run in _runs(report, "test_auc"):
         auc = (run.get("less_baseline") or {}).get("auc")
         scores = [_spread(run, "test_accuracy", percent_text), *(_spread(run, key, _four) for key in ("test_auc", "test_logloss"))]
-        rows.append([*_first(each, run), *scores, interval_text(auc) if auc else NOTHING, NOT_AT_HAND, NOT_AT_HAND])
+        rows.append([*_first(each, run), *scores, interval_text(auc) if auc else NOTHING, *scores_texts(report, each["workload"])])
     return _Table(head, rows)
 
 
 def _times(report: Report) -> _Table:
-    head = ["workload", "data", "placement", "ranks", "samples/s", "training s", "time / baseline's", "paper, baseline", "paper, FAE"]
+    head = ["workload", "data", "placement", "ranks", "samples/s", "training s", "time / baseline's"]
+    head += paper_heads(report, "table5", ", minutes")
+    ratios = [f"paper, FAE / baseline ({from_file(report)})"] if given(report, "table5") else []
     rows = [
         [
             *_first(each, run),
             _spread(run, "samples_per_s", count_text),
             _figure(run["train_s"]),
             f"{_ratio(run['time_ratio'])}{run['time_note']}",
-            *2 * [NOT_AT_HAND],
+            *minutes_texts(report, each["workload"]),
+            *(time_ratio_text(report, each["workload"]) or NOTHING for _ in ratios),
         ]
         for each, run in _runs(report, "samples_per_s")
     ]
-    return _Table(head, rows)
+    return _Table(head + ratios, rows)
 
 
 def _transfers(report: Report) -> _Table:
@@ -210,6 +227,11 @@ def _step_shares(report: Report) -> _Table:
     head, rows = shares_table(everything)
     of_rows = [(each["workload"], each["data_title"]) for each in report["comparisons"] for _ in shares_table(each)[1]]
     return _Table(["workload", "data", *head], [[*names, *row] for names, row in zip(of_rows, rows, strict=True)], words=5)
+
+
+def _shares_given(report: Report) -> _Table:
+    """Of Fig. 14, what --numbers gives."""
+    return _Table(*shares_given(report), words=3)
 
 
 _TABLE_OF = {"table4": _scores, "table5": _times, "table7": _transfers, "fig14": _step_shares}
@@ -248,8 +270,9 @@ def _share_pictures(report: Report) -> str:
     return "".join(pictures)
 
 
-def _notes(table: PaperTable) -> dict[str, str]:
-    return {"Comparable": table.alike, "Not comparable": table.unlike, "The paper's numbers": table.source}
+def _notes(report: Report, key: str) -> dict[str, str]:
+    table = TABLES[key]
+    return {"Comparable": table.alike, "Not comparable": table.unlike, "The paper's numbers": source_text(report, key, table)}
 
 
 def _runs(report: Report, key: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
