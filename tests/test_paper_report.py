@@ -84,7 +84,7 @@ def test_spreads_that_overlap_show_no_difference() -> None:
 
 
 def test_the_papers_numbers() -> None:
-    """Table 7 as issue 7 quotes it; the ratios to three digits; what the baseline equals."""
+    """Table 7 as it was quoted to the project; the ratios to three digits; what the baseline equals."""
     ratios = {name: round(workload.ratio, 3) for name, workload in WORKLOADS.items() if workload.ratio is not None}
     assert ratios == {"RMC1": 0.313, "RMC2": 0.246, "RMC3": 0.186, "RMC4": 0.258}
     kaggle = WORKLOADS["RMC2"]

@@ -128,7 +128,7 @@ TABLES: Mapping[str, PaperTable] = {
     "table7": PaperTable(
         "Table 7",
         "data transferred between CPU and GPU",
-        "The paper's figures as this project's issue 7 quotes them: GB, of 10 epochs.",
+        "The paper's figures as they were quoted to this project (not looked up in the paper): GB, of 10 epochs.",
         "FAE's bytes over the baseline's: a ratio that neither samples nor epochs change, as long as the hot rows are as popular. Here it "
         "is of the fp32 weights of the rows that a sample brings from outside the hot tier. The baseline brings every row that it looks "
         "up. FAE as published brings every row of a sample that is not all hot (the share 1 - hot inputs of the baseline's), and copies of "
