@@ -146,7 +146,7 @@ def table(record: dict[str, Any]) -> str:
             cells += [_spread([each[score] for each in run["each"]], "{:.4f}") for run in (stock, fae)]
             less = one["less_stock"][score]
             cells.append(_spread([less["low"], less["high"]], "{:+.4f}", less["mean"]))
-        cells += [f"{fae[key] / stock[key]:.2f}" for key in ("bytes_crossed_per_sample", "cold_rows_per_sample")]
+        cells += [f"{fae[key] / stock[key]:.3f}" for key in ("bytes_crossed_per_sample", "cold_rows_per_sample")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
