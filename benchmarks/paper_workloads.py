@@ -5,8 +5,9 @@
     python benchmarks/paper_workloads.py --print              the table of what was measured, nothing is trained
 
 Each is one `fae compare` of its config in examples/configs, with the samples generated to the shape of the paper's data set (synthetic: no
-figure here is of the paper's own data). The four data shapes (Taobao, Criteo Kaggle, Criteo Terabyte, Avazu) are trained from three
-start weights, stock and FAE from the same each time; the four SYN models, which share Criteo Kaggle's shape, from one.
+figure here is of the paper's own data), and keeps the command that made it; the JSON's head is the last call's. The four data shapes
+(Taobao, Criteo Kaggle, Criteo Terabyte, Avazu) are trained from three start weights, stock and FAE from the same each time; the four SYN
+models, which share Criteo Kaggle's shape, from one.
 
 FAE holds on a shape if its mean test AUC and its mean test log loss are within 0.002 of stock's. Beside each mean stands the least and the
 most of the seeds. Samples/s are not the point here: other programs may have shared the cores.

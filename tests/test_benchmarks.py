@@ -125,7 +125,6 @@ def test_loopback_bytes_count_what_was_sent_once() -> None:
     assert size <= counted < 2 * size, "once, with headers; other tests' ranks may talk at the same time, but not that much"
 
 
-@pytest.mark.skipif(not RESULT.is_file(), reason="no result is kept")
 @pytest.mark.usefixtures("benchmarks")
 def test_the_kept_result_is_judged_by_these_targets() -> None:
     record = json.loads(RESULT.read_text())

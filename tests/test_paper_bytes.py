@@ -241,7 +241,6 @@ def test_the_benchmark_runs_and_can_miss_its_target(tmp_path: Path, monkeypatch:
     assert module.main([*arguments[:-1], "--json", str(tmp_path / "out.json")])["target"]["met"] is False
 
 
-@pytest.mark.skipif(not RESULT.is_file(), reason="no result is kept")
 def test_the_kept_result_is_judged_by_its_own_figures() -> None:
     record = json.loads(RESULT.read_text())
     assert "--quick" not in record["command"]
